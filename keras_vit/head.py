@@ -1,0 +1,158 @@
+"""Pooling: from tokens to one vector an image.
+
+Shapes in this file:
+    B batch, N patch tokens, R prefix tokens, D embedding, H heads, d = D / H.
+"""
+
+import keras
+from keras import layers, ops
+
+from keras_vit import kernels
+from keras_vit.initialization import initializer
+from keras_vit.transformer import MLP
+
+serializable = keras.saving.register_keras_serializable("keras_vit")
+
+
+@serializable
+class TokenPool(layers.Layer):
+    """Take one token: the class token, or the distillation token.
+
+    Source: Dosovitskiy et al. 2021, eq. 4, https://arxiv.org/abs/2010.11929.
+
+    Args:
+        index: Which token.
+
+    Call arguments:
+        tokens: `(B, R + N, D)`.
+
+    Returns:
+        `(B, D)`.
+    """
+
+    def __init__(self, index=0, **kwargs):
+        super().__init__(**kwargs)
+        self.index = index
+
+    def compute_output_shape(self, tokens_shape):
+        return (tokens_shape[0], tokens_shape[-1])
+
+    def call(self, tokens):
+        return tokens[:, self.index]
+
+
+@serializable
+class MeanPool(layers.Layer):
+    """Mean over the patch tokens; prefix tokens do not count.
+
+    Args:
+        num_prefix: R, number of tokens before the patches.
+
+    Call arguments:
+        tokens: `(B, R + N, D)`.
+
+    Returns:
+        `(B, D)`.
+    """
+
+    def __init__(self, num_prefix=0, **kwargs):
+        super().__init__(**kwargs)
+        self.num_prefix = num_prefix
+
+    def compute_output_shape(self, tokens_shape):
+        return (tokens_shape[0], tokens_shape[-1])
+
+    def call(self, tokens):
+        x = ops.cast(tokens[:, self.num_prefix :], "float32")
+        return ops.cast(ops.mean(x, axis=1), self.compute_dtype)
+
+
+@serializable
+class AttentionPool(layers.Layer):
+    """Multi-head attention pooling: a learned probe asks all patch tokens.
+
+        y = MHA(probe, tokens),  y + MLP(LN(y))
+
+    Source: Zhai et al. 2022, "Scaling Vision Transformers", section 3.2,
+    https://arxiv.org/abs/2106.04560 (`MAPHead` of big_vision).
+
+    Args:
+        num_heads: H; must divide D.
+        num_prefix: R, number of tokens before the patches; they are not asked.
+        mlp_ratio: Hidden width of the MLP, as a multiple of D.
+        gelu: `"exact"` or `"tanh"`.
+        epsilon: Added to the variance by the LayerNorm.
+        initialization: Key of `INITIALIZATIONS`.
+
+    Call arguments:
+        tokens: `(B, R + N, D)`.
+
+    Returns:
+        `(B, D)`.
+
+    Raises:
+        ValueError: If `num_heads` does not divide D.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        num_prefix=0,
+        mlp_ratio=4.0,
+        gelu="exact",
+        epsilon=1e-6,
+        initialization="jax",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        policy = self.dtype_policy
+        self.num_heads = num_heads
+        self.num_prefix = num_prefix
+        self.initialization = initialization
+        self.norm = layers.LayerNormalization(
+            epsilon=epsilon, dtype=policy, name="norm"
+        )
+        self.mlp = MLP(mlp_ratio, gelu, 0.0, initialization, dtype=policy, name="mlp")
+
+    def build(self, tokens_shape):
+        dim = tokens_shape[-1]
+        if dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide D, got D={dim}.")
+        self.probe = self.add_weight(
+            shape=(1, 1, dim),
+            initializer=initializer(self.initialization, "probe", dim),
+            name="probe",
+        )
+        self.query = self._dense(dim, "query")
+        self.key_value = self._dense(2 * dim, "key_value")
+        self.project = self._dense(dim, "project")
+        for layer in (self.query, self.key_value, self.project):
+            layer.build((None, dim))
+        self.norm.build((None, 1, dim))
+        self.mlp.build((None, 1, dim))
+
+    def _dense(self, units, name):
+        return layers.Dense(
+            units,
+            kernel_initializer=initializer(self.initialization, "attention_kernel"),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def compute_output_shape(self, tokens_shape):
+        return (tokens_shape[0], tokens_shape[-1])
+
+    def call(self, tokens):
+        tokens = tokens[:, self.num_prefix :]
+        batch, length, dim = ops.shape(tokens)
+        head_dim = dim // self.num_heads
+        query = kernels.dense(self.query, ops.cast(self.probe, tokens.dtype))
+        query = ops.reshape(query, (1, self.num_heads, 1, head_dim))
+        query = ops.broadcast_to(query, (batch, self.num_heads, 1, head_dim))
+        x = kernels.dense(self.key_value, tokens)  # (B, N, 2 D)
+        x = ops.reshape(x, (batch, length, 2, self.num_heads, head_dim))
+        x = ops.transpose(x, (2, 0, 3, 1, 4))  # (2, B, H, N, d)
+        x = kernels.attention(query, x[0], x[1])  # (B, H, 1, d)
+        x = kernels.dense(self.project, ops.reshape(x, (batch, 1, dim)))
+        x = x + self.mlp(self.norm(x))
+        return x[:, 0]

@@ -1,0 +1,79 @@
+"""How the sources initialise their weights: one column of numbers for each.
+
+A column is chosen by name (`initialization="jax"`), so that a layer's configuration
+stays a plain value; the weight says which role it plays.
+
+`jax`   google-research/vision_transformer, `models_vit.py`: the ViT paper's code.
+`timm`  timm's `VisionTransformer` with its default `weight_init`.
+`deit`  facebookresearch/deit: as timm, with a class token like the position table.
+
+"Truncated normal (0.02)" in timm and DeiT has bounds of +-2, a hundred standard
+deviations, and is a plain normal distribution in effect.
+"""
+
+from keras import initializers
+
+
+def _xavier_square(fan_in):
+    """Xavier uniform of a `(D, D)` matrix, also when several are stacked sideways."""
+    return initializers.VarianceScaling(1.0, "fan_in", "uniform")
+
+
+def _zeros(fan_in):
+    return initializers.Zeros()
+
+
+def _normal(stddev):
+    return lambda fan_in: initializers.RandomNormal(stddev=stddev)
+
+
+def _torch_uniform(fan_in):
+    """PyTorch's default for a convolution, kernel and bias alike."""
+    bound = fan_in**-0.5
+    return initializers.RandomUniform(-bound, bound)
+
+
+INITIALIZATIONS = {
+    "jax": {
+        "patch_kernel": lambda fan_in: initializers.LecunNormal(),
+        "patch_bias": _zeros,
+        "position": _normal(0.02),
+        "token": _zeros,
+        "attention_kernel": _xavier_square,
+        "mlp_kernel": lambda fan_in: initializers.GlorotUniform(),
+        "mlp_bias": _normal(1e-6),
+        "probe": lambda fan_in: initializers.GlorotUniform(),
+        "head_kernel": _zeros,
+    },
+    "timm": {
+        "patch_kernel": _torch_uniform,
+        "patch_bias": _torch_uniform,
+        "position": _normal(0.02),
+        "token": _normal(1e-6),
+        "attention_kernel": _normal(0.02),
+        "mlp_kernel": _normal(0.02),
+        "mlp_bias": _zeros,
+        "probe": lambda fan_in: initializers.RandomNormal(stddev=fan_in**-0.5),
+        "head_kernel": _normal(0.02),
+    },
+}
+INITIALIZATIONS["deit"] = {**INITIALIZATIONS["timm"], "token": _normal(0.02)}
+
+
+def initializer(initialization, role, fan_in=None):
+    """Return a new Keras initializer for one weight.
+
+    Args:
+        initialization: Key of `INITIALIZATIONS`.
+        role: Which weight it is: a key of that column.
+        fan_in: Number of inputs of one output, for the roles that scale by it.
+
+    Raises:
+        ValueError: If `initialization` is not a key of `INITIALIZATIONS`.
+    """
+    if initialization not in INITIALIZATIONS:
+        known = ", ".join(repr(key) for key in INITIALIZATIONS)
+        raise ValueError(
+            f"initialization must be one of {known}, got {initialization!r}."
+        )
+    return INITIALIZATIONS[initialization][role](fan_in)

@@ -1,0 +1,115 @@
+"""The arithmetic that wants another form on another backend.
+
+This is the only file of the package that may ask which backend runs; everything else
+is written once, in `keras.ops`.
+
+Shapes in this file:
+    B batch, N and M tokens, D embedding, H heads, d = D / H.
+"""
+
+import keras
+from keras import ops
+
+
+def dense(layer, tokens):
+    """Apply a `keras.layers.Dense` to every token as one two-dimensional product.
+
+    TensorFlow fuses matmul, bias and GELU into one oneDNN kernel only for a product
+    of two matrices; elsewhere the reshapes cost nothing.
+
+    Args:
+        layer: A built `keras.layers.Dense`.
+        tokens: `(B, N, D)`.
+
+    Returns:
+        `(B, N, units)`.
+    """
+    length = tokens.shape[1]
+    if length is None:
+        batch, length = ops.shape(tokens)[:2]
+    else:
+        batch = -1  # a constant shape in the graph
+    flat = ops.reshape(tokens, (-1, tokens.shape[-1]))  # (B N, D)
+    return ops.reshape(layer(flat), (batch, length, layer.units))
+
+
+def attention(query, key, value, dropout=None):
+    """Scaled dot-product attention; the softmax is float32 under every policy.
+
+        softmax(q k^T / sqrt(d)) v
+
+    JAX and PyTorch use their fused kernel. TensorFlow has none, and plain products
+    are faster there than `keras.ops.dot_product_attention`; so are they needed
+    wherever the attention weights are dropped out.
+
+    Args:
+        query: `(B, H, N, d)`.
+        key: `(B, H, M, d)`.
+        value: `(B, H, M, d)`.
+        dropout: Function of the attention weights `(B, H, N, M)`, or None.
+
+    Returns:
+        `(B, H, N, d)`.
+    """
+    scale = query.shape[-1] ** -0.5
+    if dropout is None and keras.backend.backend() in ("jax", "torch"):
+        query, key, value = (
+            ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
+        )
+        x = ops.dot_product_attention(query, key, value, scale=scale)
+        return ops.transpose(x, (0, 2, 1, 3))
+    logits = ops.matmul(query * scale, ops.transpose(key, (0, 1, 3, 2)))
+    weights = ops.softmax(ops.cast(logits, "float32"))  # (B, H, N, M)
+    if dropout is not None:
+        weights = dropout(weights)
+    return ops.matmul(ops.cast(weights, value.dtype), value)
+
+
+def half_precision():
+    """Mixed precision policy that the accelerator of this backend is made for.
+
+    Returns:
+        `"mixed_bfloat16"` on an accelerator that computes in bfloat16,
+        `"mixed_float16"` on an older one, and None on a plain CPU.
+    """
+    return {
+        "tensorflow": _half_precision_tensorflow,
+        "jax": _half_precision_jax,
+        "torch": _half_precision_torch,
+    }.get(keras.backend.backend(), lambda: None)()
+
+
+def _half_precision_tensorflow():
+    import tensorflow as tf
+
+    devices = tf.config.list_physical_devices
+    if devices("TPU"):
+        return "mixed_bfloat16"
+    if not devices("GPU"):
+        return None
+    details = tf.config.experimental.get_device_details(devices("GPU")[0])
+    return _half_precision_cuda(details.get("compute_capability", (0, 0)))
+
+
+def _half_precision_jax():
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "tpu":
+        return "mixed_bfloat16"
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return None
+    version = str(getattr(device, "compute_capability", "0.0")).split(".")
+    return _half_precision_cuda([int(x) for x in version if x.isdigit()] or [0])
+
+
+def _half_precision_torch():
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return _half_precision_cuda(torch.cuda.get_device_capability())
+
+
+def _half_precision_cuda(capability):
+    return "mixed_bfloat16" if capability[0] >= 8 else "mixed_float16"

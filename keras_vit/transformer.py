@@ -1,0 +1,216 @@
+"""The pre-norm transformer block that every model in this package stacks.
+
+Shapes in this file:
+    B batch, N tokens, D embedding.
+"""
+
+import keras
+from keras import layers, ops
+
+from keras_vit import kernels
+from keras_vit.attention import SelfAttention
+from keras_vit.initialization import initializer
+
+serializable = keras.saving.register_keras_serializable("keras_vit")
+
+
+@serializable
+class LayerScale(layers.Layer):
+    """Multiply each channel by a learned factor that starts small.
+
+    Source: Touvron et al. 2021, "Going deeper with Image Transformers", eq. 4,
+    https://arxiv.org/abs/2103.17239.
+
+    Args:
+        initial_value: Start value of every factor.
+
+    Call arguments:
+        tokens: `(B, N, D)`.
+
+    Returns:
+        `(B, N, D)`.
+    """
+
+    def __init__(self, initial_value=1e-5, **kwargs):
+        super().__init__(**kwargs)
+        self.initial_value = initial_value
+
+    def build(self, tokens_shape):
+        self.gamma = self.add_weight(
+            shape=(tokens_shape[-1],),
+            initializer=keras.initializers.Constant(self.initial_value),
+            name="gamma",
+        )
+
+    def compute_output_shape(self, tokens_shape):
+        return tokens_shape
+
+    def call(self, tokens):
+        return tokens * self.gamma
+
+
+@serializable
+class MLP(layers.Layer):
+    """Two Dense layers with a GELU between them, applied to every token.
+
+    Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1,
+    https://arxiv.org/abs/2010.11929.
+
+    Args:
+        mlp_ratio: Hidden width, as a multiple of D; the product is rounded.
+        gelu: `"exact"` (erf) or `"tanh"` (the approximation that Flax uses).
+        dropout: Rate in [0, 1) after the GELU and on the output.
+        initialization: Key of `INITIALIZATIONS`.
+
+    Call arguments:
+        tokens: `(B, N, D)`.
+
+    Returns:
+        `(B, N, D)`.
+
+    Raises:
+        ValueError: If `gelu` is neither `"exact"` nor `"tanh"`.
+    """
+
+    def __init__(
+        self, mlp_ratio=4.0, gelu="exact", dropout=0.0, initialization="jax", **kwargs
+    ):
+        super().__init__(**kwargs)
+        if gelu not in ("exact", "tanh"):
+            raise ValueError(f"gelu must be 'exact' or 'tanh', got {gelu!r}.")
+        self.mlp_ratio = mlp_ratio
+        self.gelu = gelu
+        self.initialization = initialization
+        self.dropout = layers.Dropout(
+            dropout, noise_shape=(None, None, None), dtype=self.dtype_policy
+        )
+
+    def build(self, tokens_shape):
+        dim = tokens_shape[-1]
+        hidden = round(dim * self.mlp_ratio)
+        self.expand = self._dense(hidden, "expand")
+        self.reduce = self._dense(dim, "reduce")
+        self.expand.build((None, dim))
+        self.reduce.build((None, hidden))
+
+    def _dense(self, units, name):
+        return layers.Dense(
+            units,
+            kernel_initializer=initializer(self.initialization, "mlp_kernel"),
+            bias_initializer=initializer(self.initialization, "mlp_bias"),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def compute_output_shape(self, tokens_shape):
+        return tokens_shape
+
+    def call(self, tokens, training=None):
+        x = kernels.dense(self.expand, tokens)
+        x = ops.gelu(x, approximate=self.gelu == "tanh")
+        x = self.dropout(x, training=training)
+        x = kernels.dense(self.reduce, x)
+        return self.dropout(x, training=training)
+
+
+@serializable
+class TransformerBlock(layers.Layer):
+    """Pre-norm transformer block with stochastic depth and, if wanted, LayerScale.
+
+        z' = z  + DropPath(scale1 * MSA(LN(z)))     (2)
+        z  = z' + DropPath(scale2 * MLP(LN(z')))    (3)
+
+    Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", equations 2-3,
+    https://arxiv.org/abs/2010.11929. DropPath is stochastic depth, Huang et al. 2016,
+    https://arxiv.org/abs/1603.09382: a sample skips the branch, and the branches that
+    remain are divided by the probability of remaining.
+
+    Args:
+        num_heads: Number of attention heads; must divide D.
+        mlp_ratio: Hidden width of the MLP, as a multiple of D.
+        qkv_bias: Whether queries, keys and values have a bias.
+        qk_norm: Whether queries and keys are normalised.
+        layer_scale: Start value of LayerScale on both branches; None for none.
+        gelu: `"exact"` or `"tanh"`.
+        dropout: Rate in [0, 1) on both branches and inside the MLP.
+        attention_dropout: Rate in [0, 1) on the attention weights.
+        drop_path: Probability in [0, 1] that a sample skips a branch.
+        epsilon: Added to the variance by every LayerNorm.
+        initialization: Key of `INITIALIZATIONS`.
+
+    Call arguments:
+        tokens: `(B, N, D)`.
+
+    Returns:
+        `(B, N, D)`.
+
+    Raises:
+        ValueError: If `num_heads` does not divide D, or `gelu` is unknown.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        qk_norm=False,
+        layer_scale=None,
+        gelu="exact",
+        dropout=0.0,
+        attention_dropout=0.0,
+        drop_path=0.0,
+        epsilon=1e-6,
+        initialization="jax",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        policy = self.dtype_policy
+        self.norm1 = layers.LayerNormalization(
+            epsilon=epsilon, dtype=policy, name="norm1"
+        )
+        self.attention = SelfAttention(
+            num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            epsilon=epsilon,
+            initialization=initialization,
+            dtype=policy,
+            name="attention",
+        )
+        self.norm2 = layers.LayerNormalization(
+            epsilon=epsilon, dtype=policy, name="norm2"
+        )
+        self.mlp = MLP(
+            mlp_ratio, gelu, dropout, initialization, dtype=policy, name="mlp"
+        )
+        if layer_scale is None:
+            self.scale1 = self.scale2 = None
+        else:
+            self.scale1 = LayerScale(layer_scale, dtype=policy, name="scale1")
+            self.scale2 = LayerScale(layer_scale, dtype=policy, name="scale2")
+        self.drop_path = layers.Dropout(  # one draw a sample, not an element
+            drop_path, noise_shape=(None, 1, 1), dtype=policy
+        )
+
+    def build(self, tokens_shape):
+        for layer in (self.norm1, self.attention, self.norm2, self.mlp):
+            layer.build(tokens_shape)
+        if self.scale1 is not None:
+            self.scale1.build(tokens_shape)
+            self.scale2.build(tokens_shape)
+
+    def compute_output_shape(self, tokens_shape):
+        return tokens_shape
+
+    def call(self, tokens, training=None):
+        x = self.attention(self.norm1(tokens), training=training)
+        tokens = self._add(tokens, x, self.scale1, training)
+        x = self.mlp(self.norm2(tokens), training=training)
+        return self._add(tokens, x, self.scale2, training)
+
+    def _add(self, tokens, branch, scale, training):
+        if scale is not None:
+            branch = scale(branch)
+        return tokens + self.drop_path(branch, training=training)

@@ -1,0 +1,266 @@
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from conftest import to_numpy
+
+from keras_vit import ViT
+from keras_vit.vit import VARIANTS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Trainable parameters at 224 px, 1000 classes. vit_jax/models_test.py of
+# https://github.com/google-research/vision_transformer (commit c6de1e5): tiny/16,
+# small/16, small/32, base/8, /16, /32, large/16, /32, huge/14; the others follow from
+# the same formula; timm builds tiny, small, base, large, giant and gigantic with them.
+PARAMETERS = {
+    "tiny": {8: 5_719_720, 14: 5_694_376, 16: 5_717_416, 32: 6_131_560},
+    "small": {8: 22_055_272, 14: 22_004_584, 16: 22_050_664, 32: 22_878_952},
+    "base": {8: 86_576_872, 14: 86_475_496, 16: 86_567_656, 32: 88_224_232},
+    "large": {8: 304_338_920, 14: 304_203_752, 16: 304_326_632, 32: 306_535_400},
+    "huge": {8: 632_214_760, 14: 632_045_800, 16: 632_199_400, 32: 634_960_360},
+    "giant": {8: 1_012_797_288, 14: 1_012_611_432},
+    "gigantic": {8: 1_844_660_328, 14: 1_844_440_680},
+    # facebookresearch/deit; at 224 px, distilled ones with the second head
+    "deit_tiny_distilled": {16: 5_910_800},
+    "deit_small_distilled": {16: 22_436_432},
+    "deit_base_distilled": {16: 87_338_192},
+    "deit_small": {16: 22_050_664},
+    "deit3_small": {16: 22_059_496},
+    "deit3_medium": {16: 38_849_512},
+    "deit3_base": {16: 86_585_320},
+    "deit3_large": {16: 304_374_760},
+    "deit3_huge": {14: 632_126_440},
+}
+
+
+def count(*args, **kwargs):
+    with keras.StatelessScope():  # no weight is allocated
+        model = ViT(*args, **kwargs)
+        return sum(np.prod(v.shape) for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize("variant", PARAMETERS)
+def test_parameter_count(variant):
+    for patch_size, expected in PARAMETERS[variant].items():
+        assert count(variant, patch_size=patch_size) == expected
+
+
+@pytest.mark.parametrize(
+    "kwargs, expected",
+    [
+        ({"variant": "small", "pool": "mean"}, 22_049_896),  # vit_jax models_test.py
+        ({"variant": "base", "pool": "mean"}, 86_566_120),
+        ({"variant": "small", "image_size": 384}, 22_196_584),
+        ({"variant": "base", "image_size": 384}, 86_859_496),
+        ({"variant": "deit_base_distilled", "image_size": 384}, 87_630_032),
+        ({"variant": "small", "num_registers": 4}, 22_050_664 + 4 * 384),
+    ],
+)
+def test_parameter_count_of_other_forms(kwargs, expected):
+    assert count(**kwargs) == expected
+
+
+def torch_weights(state, depth):
+    """Names of timm's state dict -> our paths, arrays in Keras' layouts."""
+    patches = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)  # (P, P, C, D)
+    weights = {
+        "patches/project/kernel": patches.reshape(-1, patches.shape[-1]),
+        "patches/project/bias": state["patch_embed.proj.bias"],
+        "tokens/class_token": state["cls_token"],
+        "position/table": state["pos_embed"],
+    }
+    if "dist_token" in state:
+        weights["tokens/distillation_token"] = state["dist_token"]
+    norms = {"norm": "norm"}
+    denses = {"head": "head", "head_dist": "head_dist"}
+    for i in range(depth):
+        ours, theirs = f"block{i}", f"blocks.{i}"
+        norms |= {f"{ours}/norm{n}": f"{theirs}.norm{n}" for n in (1, 2)}
+        denses |= {
+            f"{ours}/attention/qkv": f"{theirs}.attn.qkv",
+            f"{ours}/attention/project": f"{theirs}.attn.proj",
+            f"{ours}/mlp/expand": f"{theirs}.mlp.fc1",
+            f"{ours}/mlp/reduce": f"{theirs}.mlp.fc2",
+        }
+    for ours, theirs in norms.items():
+        weights[f"{ours}/gamma"] = state[f"{theirs}.weight"]
+        weights[f"{ours}/beta"] = state[f"{theirs}.bias"]
+    for ours, theirs in denses.items():
+        if f"{theirs}.weight" in state:
+            weights[f"{ours}/kernel"] = state[f"{theirs}.weight"].T
+            weights[f"{ours}/bias"] = state[f"{theirs}.bias"]
+    return weights
+
+
+@pytest.mark.parametrize(
+    "file, variant",
+    [("timm_vit", "deit_tiny"), ("timm_deit_distilled", "deit_tiny_distilled")],
+)
+def test_outputs_equal_timm(file, variant):
+    golden = np.load(GOLDEN / f"{file}.npz")
+    state = {k[6:]: golden[k] for k in golden.files if k.startswith("state/")}
+    model = ViT(
+        variant,
+        image_size=64,
+        num_classes=7,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        normalization=None,
+    )
+    weights = torch_weights(state, depth=3)
+    assert {v.path for v in model.weights} == set(weights)
+    for variable in model.weights:
+        variable.assign(weights[variable.path])
+    images = golden["images_nhwc"]
+    np.testing.assert_allclose(to_numpy(model(images)), golden["logits"], atol=1e-4)
+    tokens = keras.Model(model.input, model.get_layer("norm").output)
+    np.testing.assert_allclose(to_numpy(tokens(images)), golden["features"], atol=1e-4)
+
+
+def small(variant="tiny", **kwargs):
+    kwargs = {"image_size": 32, "patch_size": 8, "num_classes": 10, "depth": 2} | kwargs
+    return ViT(variant, **kwargs)
+
+
+def draw(*shape):
+    return np.random.default_rng(0).uniform(0, 255, size=shape).astype("float32")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"pool": "mean", "num_registers": 2},
+        {"pool": "attention", "qk_norm": True},
+        {"variant": "deit_tiny_distilled", "num_registers": 1, "dropout": 0.1},
+        {"variant": "deit3_small", "image_size": (16, 32), "drop_path_rate": 0.1},
+        {"variant": "deit_tiny", "pool": "mean", "num_classes": 0},
+        {"image_size": None, "position_grid": (3, 5)},
+    ],
+    ids=str,
+)
+def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path, kwargs):
+    model = small(**kwargs)
+    x = draw(2, 16, 32, 3) if kwargs.get("image_size") else draw(2, 32, 32, 3)
+    model.save(tmp_path / "vit.keras")
+    loaded = keras.saving.load_model(tmp_path / "vit.keras")
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+
+
+def test_any_size_at_run_time_equals_the_model_built_for_that_size(tmp_path):
+    dynamic = small("deit_tiny", image_size=None, position_grid=(4, 4))
+    dynamic.save_weights(tmp_path / "any.weights.h5")
+    for size in [(32, 32), (16, 64), (40, 24), (56, 72)]:
+        fixed = small("deit_tiny", image_size=size)
+        fixed.load_weights(tmp_path / "any.weights.h5")
+        x = draw(2, *size, 3)
+        np.testing.assert_allclose(to_numpy(dynamic(x)), to_numpy(fixed(x)), atol=1e-4)
+
+
+def test_any_size_takes_images_that_the_patch_does_not_divide():
+    model = small(image_size=None, normalization=None, initialization="deit")
+    x = draw(1, 30, 21, 3)
+    padded = np.pad(x, ((0, 0), (0, 2), (0, 3), (0, 0)))
+    np.testing.assert_allclose(to_numpy(model(x)), to_numpy(model(padded)), atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_mixed_precision_has_float32_logits_and_a_scaled_loss(policy, dropout):
+    keras.config.set_dtype_policy(policy)
+    model = small(dropout=dropout, attention_dropout=dropout, drop_path_rate=dropout)
+    model.compile("adamw", "sparse_categorical_crossentropy")
+    assert "mixed_" + model.get_layer("block0").compute_dtype == policy
+    logits = model(draw(2, 32, 32, 3), training=bool(dropout))
+    assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert scaled == (policy == "mixed_float16")
+
+
+@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
+def test_fit_lowers_the_loss(pool):
+    x = draw(8, 32, 32, 3)
+    y = np.arange(8) % 4
+    model = small(pool=pool, num_classes=4, drop_path_rate=0.05)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.AdamW(1e-3), loss)
+    losses = model.fit(x, y, epochs=8, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_distilled_logits_are_the_mean_of_two_heads_that_can_be_cut():
+    model = small("deit_tiny_distilled")
+    heads = keras.Model(
+        model.input, [model.get_layer(name).output for name in ("head", "head_dist")]
+    )
+    x = draw(2, 32, 32, 3)
+    head, head_dist = (to_numpy(y) for y in heads(x))
+    assert np.abs(head - head_dist).max() > 1e-3
+    np.testing.assert_allclose(to_numpy(model(x)), (head + head_dist) / 2, atol=1e-6)
+
+
+def test_features_are_pooled_and_normalised():
+    for kwargs in ({}, {"pool": "mean"}, {"variant": "deit_tiny", "pool": "mean"}):
+        features = small(num_classes=0, **kwargs)
+        x = to_numpy(features(draw(2, 32, 32, 3)))
+        assert x.shape == (2, 192)
+    np.testing.assert_allclose(x.mean(-1), 0, atol=1e-4)  # norm_after_pool: last
+    np.testing.assert_allclose(x.std(-1), 1, atol=1e-2)
+
+
+def test_deit3_class_token_has_no_position_and_drop_path_is_constant():
+    model = small("deit3_small", drop_path_rate=0.2, depth=3)
+    assert model.get_layer("position").get_weights()[0].shape == (1, 16, 384)
+    rates = [model.get_layer(f"block{i}").drop_path.rate for i in range(3)]
+    np.testing.assert_allclose(rates, 0.2)
+    gamma = to_numpy(model.get_layer("block2").scale2.gamma)
+    np.testing.assert_allclose(gamma, 1e-4)
+    rates = [
+        small(drop_path_rate=0.2, depth=3).get_layer(f"block{i}") for i in range(3)
+    ]
+    np.testing.assert_allclose([block.drop_path.rate for block in rates], [0, 0.1, 0.2])
+
+
+def test_initialisation_is_the_one_of_the_row():
+    vit, deit = ViT("small", depth=1), ViT("deit_small", depth=1)
+
+    def kernel(model, layer):
+        return model.get_layer("block0").attention.__getattribute__(layer).kernel
+
+    bound = np.sqrt(6 / (2 * 384))  # Xavier of each D x D matrix, not of D x 3 D
+    qkv = to_numpy(kernel(vit, "qkv"))
+    assert 0.99 * bound < np.abs(qkv).max() <= bound
+    assert np.all(to_numpy(vit.get_layer("head").kernel) == 0)
+    np.testing.assert_allclose(to_numpy(kernel(deit, "qkv")).std(), 0.02, rtol=0.02)
+    np.testing.assert_allclose(
+        to_numpy(deit.get_layer("head").kernel).std(), 0.02, 0.02
+    )
+    patch = to_numpy(deit.get_layer("patches").project.kernel)
+    assert 0.99 / np.sqrt(768) < np.abs(patch).max() <= 1 / np.sqrt(768)
+
+
+def test_a_row_can_be_overridden_and_unknown_names_are_refused():
+    model = ViT("small", depth=6, embed_dim=320, num_heads=5, image_size=32)
+    assert model.get_layer("norm").output.shape == (None, 5, 320)
+    assert len([x for x in model.layers if x.name.startswith("block")]) == 6
+    with pytest.raises(ValueError, match=r"got 'embed_dims'. Did you mean 'embed_dim'"):
+        ViT("small", embed_dims=320)
+    with pytest.raises(ValueError, match=r"got 'smal'. Did you mean 'small'"):
+        ViT("smal")
+    with pytest.raises(ValueError, match="pool must be 'class'"):
+        ViT("tiny", pool="gap")
+    with pytest.raises(ValueError, match="distillation token needs pool='class'"):
+        ViT("deit_tiny_distilled", pool="mean")
+    with pytest.raises(ValueError, match="image_size must be a positive int"):
+        ViT("tiny", image_size=(1, 2, 3))
+    with pytest.raises(ValueError, match=r"patch_size=16 must divide .* 40 x 40"):
+        ViT("tiny", image_size=40)
+
+
+def test_every_row_builds():
+    for variant in VARIANTS:
+        with keras.StatelessScope():
+            assert ViT(variant, depth=1, patch_size=16).output_shape == (None, 1000)
