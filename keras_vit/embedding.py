@@ -171,11 +171,11 @@ class PrefixTokens(layers.Layer):
 
     Order: class token, distillation token, registers, patches.
 
-    Source: class token: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", eq. 1,
-    https://arxiv.org/abs/2010.11929; distillation token: Touvron et al. 2021, "Training
-    data-efficient image transformers & distillation through attention", section 4,
-    https://arxiv.org/abs/2012.12877; registers: Darcet et al. 2024, "Vision Transformers
-    Need Registers", https://arxiv.org/abs/2309.16588.
+    Source: class token: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words",
+    eq. 1, https://arxiv.org/abs/2010.11929; distillation token: Touvron et al. 2021,
+    "Training data-efficient image transformers & distillation through attention",
+    section 4, https://arxiv.org/abs/2012.12877; registers: Darcet et al. 2024, "Vision
+    Transformers Need Registers", https://arxiv.org/abs/2309.16588.
 
     Args:
         class_token: Whether there is a class token.

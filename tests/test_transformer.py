@@ -4,8 +4,15 @@ import pytest
 import reference
 from conftest import to_numpy
 
-from keras_vit import MLP, AttentionPool, LayerScale, MeanPool, SelfAttention
-from keras_vit import TokenPool, TransformerBlock
+from keras_vit import (
+    MLP,
+    AttentionPool,
+    LayerScale,
+    MeanPool,
+    SelfAttention,
+    TokenPool,
+    TransformerBlock,
+)
 
 
 def draw(*shape):

