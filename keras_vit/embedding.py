@@ -5,6 +5,8 @@ Shapes in this file:
     N = h * w patch tokens, R prefix tokens, D embedding.
 """
 
+import dataclasses
+
 import keras
 from keras import layers, ops
 
@@ -18,6 +20,38 @@ NORMALIZATIONS = {  # mean, standard deviation of R, G, B in pixels of 0..1
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """How a file becomes an image of the model's size; `training.preprocess` does it.
+
+    Args:
+        image_size: `(H, W)` of the result.
+        crop_ratio: The file is resized so that it covers `image_size / crop_ratio`,
+            its aspect kept, and the centre is cropped; None resizes height and width
+            separately to `image_size`.
+        interpolation: `"bilinear"` or `"bicubic"`; antialiased in either case.
+    """
+
+    image_size: tuple[int, int]
+    crop_ratio: float | None
+    interpolation: str
+
+    @classmethod
+    def of_model(cls, model):
+        """Read the record that a model carries in its `PixelNormalization`.
+
+        Raises:
+            ValueError: If the model has no such layer.
+        """
+        for layer in model.layers:
+            if isinstance(layer, PixelNormalization):
+                return cls(layer.image_size, layer.crop_ratio, layer.interpolation)
+        raise ValueError(
+            f"The model {model.name!r} must contain a PixelNormalization layer, which "
+            "records how its images are made; build it with keras_vit."
+        )
+
+
 @serializable
 class PixelNormalization(layers.Layer):
     """Raw pixels of 0..255 to the numbers that the network was made for.
@@ -26,8 +60,8 @@ class PixelNormalization(layers.Layer):
 
     It stands in the model, so that it cannot be lost on the way to a server. For the
     same reason it carries the record of how a file becomes the image that the model
-    takes: `image_size`, `crop_ratio` and `interpolation` change nothing here;
-    `training.preprocess` reads them for training, evaluation and serving alike.
+    takes: `image_size`, `crop_ratio` and `interpolation` change nothing here; training,
+    evaluation and serving read them with `Preprocess.of_model`.
 
     Args:
         normalization: `"inception"` (to -1..1), `"imagenet"` (by that data set's mean

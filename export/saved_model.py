@@ -1,0 +1,241 @@
+"""Any backend in, one pure TensorFlow SavedModel out, published by one rename.
+
+The parent saves the model and computes reference logits with the backend that trained
+it. A child process with TensorFlow (`export.worker`) rebuilds the model, compares,
+traces the signatures and writes. The C++ runtime checks what was written (`export.verify`).
+Only then does the version directory get its number, which is what a server looks for.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+from tqdm.auto import tqdm
+
+import keras_vit
+from export.verify import Report, verify
+from keras_vit.embedding import Preprocess
+
+STAGES = ("save", "rebuild", "trace", "write", "verify", "publish")
+TOLERANCES = {
+    "float32": 1e-5,
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+}  # of max(1, max |logit|)
+
+
+def export_saved_model(
+    model_or_file: keras.Model | str | Path,
+    directory: str | Path,
+    labels: Sequence[str] | None = None,
+    *,
+    version: int | None = None,
+    top_k: int = 5,
+    progress: bool = True,
+) -> Path:
+    """Export a classifier as `<directory>/<version>/` for TensorFlow Serving.
+
+    Signatures: `image_bytes` (also `serving_default`): encoded images `(N,)` of any
+    size to `probabilities` `(N, C)`, `classes` `(N, k)` and `scores` `(N, k)`;
+    `images`: raw pixels `(N, H, W, 3)`, float32 of 0..255, to `logits` and
+    `probabilities` `(N, C)`. Files are decoded, resized and cropped as the model records it.
+
+    Args:
+        model_or_file: A model of this package, or a `.keras` file of one; any backend.
+        directory: Folder of the model's versions, the `base_path` of the server.
+        labels: Name of each class; None for "0", "1", ...
+        version: Number of the version; None for the next one.
+        top_k: Number of best classes that `image_bytes` names, at most C.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The version directory.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        FileExistsError: If the version exists already; versions are never changed.
+        ValueError: If the file is no model, `labels` does not fit, the rebuilt model
+            answers differently, or the artifact does not pass `verify`.
+        RuntimeError: If the child process fails.
+    """
+    directory = Path(directory).resolve()
+    if version is not None and (version < 0 or (directory / str(version)).exists()):
+        raise FileExistsError(
+            f"version must be a new number; {directory} has {_versions(directory)}, "
+            f"got {version}."
+        )
+    model = model_or_file
+    if not isinstance(model, keras.Model):
+        model = read_model(model_or_file)
+    labels = _labels(model, labels)
+    directory.mkdir(parents=True, exist_ok=True)
+    # A name that is not a number is invisible to the server.
+    target = directory / f".exporting-{uuid.uuid4().hex}"
+    bar = tqdm(total=len(STAGES), unit=" stages", disable=not progress)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, bar:
+            bar.set_description(STAGES[0])
+            job = _prepare(model, Path(scratch), target, labels, top_k)
+            _run_worker(job, bar)
+            bar.set_description("verify")
+            report = verify(target, progress=False)
+            if not report.ok:
+                raise ValueError(f"The artifact does not pass verify:\n{report}")
+            _record(target, report)
+            bar.update()
+            bar.set_description("publish")
+            published = _publish(target, directory, version)
+            bar.update()
+            bar.set_description("exported")
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+    return published
+
+
+def read_model(path: str | Path) -> keras.Model:
+    """Load a `.keras` file, or say in one sentence why it cannot be loaded.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If it is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model file {path}.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} must be a .keras file; it is damaged or another kind."
+        )
+    try:
+        return keras.saving.load_model(path, compile=False)
+    except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+
+
+def reference_images(seed: int, shape: Sequence[int]) -> np.ndarray:
+    """The images that parity is measured on: uint8 noise of a seed."""
+    return np.random.default_rng(seed).integers(0, 256, shape, "uint8")
+
+
+def _labels(model, labels):
+    shape = model.output_shape
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise ValueError(f"The model must give logits (N, C), got {shape}.")
+    labels = [str(i) for i in range(shape[-1])] if labels is None else list(labels)
+    if len(labels) != shape[-1]:
+        raise ValueError(
+            f"labels must name the model's {shape[-1]} classes, got {len(labels)}."
+        )
+    return labels
+
+
+def _prepare(model, scratch, target, labels, top_k):
+    """Save the model and its reference logits; return what the worker must know."""
+    plain = keras.Model(model.input, model.output, name=model.name)
+    plain.save(scratch / "model.keras")
+    size = Preprocess.of_model(model).image_size
+    reference = {"seed": 0, "shape": [4, *size, 3]}
+    logits = _logits_on_cpu(model, reference_images(**reference).astype("float32"))
+    dtypes = {layer.compute_dtype for layer in model.layers}
+    half = [x for x in ("float16", "bfloat16") if x in dtypes]
+    return {
+        "model": str(scratch / "model.keras"),
+        "target": str(target),
+        "labels": labels,
+        "top_k": min(top_k, len(labels)),
+        "tolerance": TOLERANCES[half[0] if half else "float32"],
+        "reference": {**reference, "logits": logits.tolist()},
+        "trained_with": keras.backend.backend(),
+        "scratch": str(scratch),
+    }
+
+
+def _logits_on_cpu(model, images):
+    """Logits by the backend of this process, computed on the CPU."""
+    weights = [
+        [keras.ops.convert_to_numpy(v) for v in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    ]
+    with keras.device("cpu:0"):
+        logits, _ = model.stateless_call(*weights, images, training=False)
+    return keras.ops.convert_to_numpy(logits)
+
+
+def _run_worker(job, bar):
+    path = Path(job["scratch"]) / "job.json"
+    path.write_text(json.dumps(job))
+    root = str(Path(keras_vit.__file__).parent.parent)
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "tensorflow",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [root, os.environ.get("PYTHONPATH")])
+        ),
+    }
+    with tempfile.TemporaryFile("w+") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "export.worker", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+        problem = None
+        with worker.stdout:
+            for line in worker.stdout:  # one JSON a line: a stage done, or a problem
+                message = json.loads(line)
+                problem = message.get("problem", problem)
+                if "next" in message:
+                    bar.update()
+                    bar.set_description(message["next"])
+        if problem:
+            worker.wait()
+            raise ValueError(problem)
+        if worker.wait():
+            log.seek(0)
+            raise RuntimeError(
+                f"The export process ended with status {worker.returncode}:\n"
+                + log.read()[-4000:]
+            )
+
+
+def _record(target: Path, report: Report) -> None:
+    path = target / "assets.extra" / "report.json"
+    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+
+
+def _versions(directory: Path) -> list[int]:
+    """Numbers of the versions in a folder, as the server reads them."""
+    names = [x.name for x in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def _publish(target: Path, directory: Path, version: int | None) -> Path:
+    for path in [*sorted(target.rglob("*")), target]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    while True:
+        number = version
+        if number is None:
+            number = max(_versions(directory), default=0) + 1
+        try:
+            os.rename(target, directory / str(number))  # fails on an existing version
+            return directory / str(number)
+        except OSError as error:
+            if version is not None or not (directory / str(number)).exists():
+                raise FileExistsError(
+                    f"{directory / str(number)} could not be published: {error}."
+                ) from error
