@@ -42,7 +42,7 @@ CODES = (
 ).split()
 
 
-class StatusError(Exception):
+class StatusError(RuntimeError):
     """The session answered with an error status.
 
     Attributes:
@@ -56,7 +56,7 @@ class StatusError(Exception):
         self.message = message
 
 
-class RuntimeCrashError(Exception):
+class RuntimeCrashError(RuntimeError):
     """The process with the session died: a server would have died likewise."""
 
 

@@ -2,8 +2,9 @@
 
 The parent saves the model and computes reference logits with the backend that trained
 it. A child process with TensorFlow (`export.worker`) rebuilds the model, compares,
-traces the signatures and writes. The C++ runtime checks what was written (`export.verify`).
-Only then does the version directory get its number, which is what a server looks for.
+traces the signatures and writes. The C++ runtime checks what was written
+(`export.verify`). Only then does the version directory get its number, which is what a
+server looks for.
 """
 
 import json
@@ -47,7 +48,8 @@ def export_saved_model(
     Signatures: `image_bytes` (also `serving_default`): encoded images `(N,)` of any
     size to `probabilities` `(N, C)`, `classes` `(N, k)` and `scores` `(N, k)`;
     `images`: raw pixels `(N, H, W, 3)`, float32 of 0..255, to `logits` and
-    `probabilities` `(N, C)`. Files are decoded, resized and cropped as the model records it.
+    `probabilities` `(N, C)`. Files are decoded, resized and cropped as the model
+    records it.
 
     Args:
         model_or_file: A model of this package, or a `.keras` file of one; any backend.
@@ -67,7 +69,7 @@ def export_saved_model(
             answers differently, or the artifact does not pass `verify`.
         RuntimeError: If the child process fails.
     """
-    directory = Path(directory).resolve()
+    directory = Path(directory)
     if version is not None and (version < 0 or (directory / str(version)).exists()):
         raise FileExistsError(
             f"version must be a new number; {directory} has {_versions(directory)}, "
@@ -79,7 +81,7 @@ def export_saved_model(
     labels = _labels(model, labels)
     directory.mkdir(parents=True, exist_ok=True)
     # A name that is not a number is invisible to the server.
-    target = directory / f".exporting-{uuid.uuid4().hex}"
+    target = directory.resolve() / f".exporting-{uuid.uuid4().hex}"
     bar = tqdm(total=len(STAGES), unit=" stages", disable=not progress)
     try:
         with tempfile.TemporaryDirectory() as scratch, bar:

@@ -20,6 +20,12 @@ CONTRACT = {
 }
 
 
+CONTRACT_SHAPES = {  # enough of a description to count the hostile requests
+    "images": {"inputs": {"images": {"shape": [-1, -1, -1, 3]}}},
+    "image_bytes": {},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Check:
     """One promise: what was checked, whether it holds, and the figure."""

@@ -9,15 +9,17 @@ Every source is a stream of (handle, label), where a handle leads to the encoded
 decoding and resizing are those of `training.preprocess`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tqdm.auto import tqdm
 
 from keras_vit.embedding import Preprocess
 from training.preprocess import decode, resize
@@ -52,6 +54,39 @@ class Dataset:
     read: Callable[[tf.Tensor], tf.Tensor]
     shuffle_buffer: int
     fingerprint: str
+
+    @contextlib.contextmanager
+    def naming_damaged_files(self) -> Iterator[None]:
+        """Turn TensorFlow's error for an image that does not decode into its name.
+
+        Raises:
+            ValueError: With the files that cannot be read or decoded.
+        """
+        try:
+            yield
+        except tf.errors.OpError as error:
+            damaged = [x for part in self.sizes for x in self._damaged(part)]
+            if not damaged:
+                raise
+            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            raise ValueError(
+                f"{', '.join(damaged[:5])}{more} must be a whole JPEG, PNG, GIF or BMP "
+                "file; it could not be decoded. Repair or remove it."
+            ) from error
+
+    def _damaged(self, part):
+        total = self.sizes[part]
+        stream = self.stream(part).as_numpy_iterator()
+        for i, (handle, _) in enumerate(tqdm(stream, "check files", total)):
+            try:
+                decode(self.read(tf.constant(handle)))
+            except tf.errors.OpError:
+                yield self.name_of(handle, part, i)
+
+    def name_of(self, handle: bytes, part: str, index: int) -> str:
+        """The file of a handle, or the place of an image that has no file."""
+        is_file = self.name.startswith("folder:")
+        return handle.decode() if is_file else f"image {index} of {part}"
 
 
 def load_data(name: str) -> Dataset:

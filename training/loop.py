@@ -81,16 +81,19 @@ def fit(
             seed=recipe.seed,
             augment=recipe.affine and partial(random_affine, **recipe.affine),
         )
+        held_out = validation_batches(data, preprocess, recipe.batch_size)
         if first_epoch < recipe.epochs:
-            model.fit(
-                batches,
-                epochs=recipe.epochs,
-                initial_epoch=first_epoch,
-                steps_per_epoch=steps,
-                validation_data=validation_batches(data, preprocess, recipe.batch_size),
-                callbacks=callbacks(run_dir, images_per_step=recipe.batch_size),
-                verbose=0,
-            )
+            with data.naming_damaged_files():
+                model.fit(
+                    batches,
+                    epochs=recipe.epochs,
+                    initial_epoch=first_epoch,
+                    steps_per_epoch=steps,
+                    validation_data=held_out,
+                    callbacks=callbacks(run_dir, images_per_step=recipe.batch_size),
+                    shuffle=False,
+                    verbose=0,
+                )
     return model
 
 

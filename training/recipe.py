@@ -2,10 +2,14 @@
 
 import dataclasses
 import difflib
+import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import keras
+
+import keras_vit
 
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 
@@ -58,39 +62,60 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("final_learning_rate", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        for name in ("epochs", "batch_size"):
+            self._check_number(name, int, lambda x: x > 0, "a positive int")
+        self._check_number("seed", int, lambda x: x >= 0, "an int >= 0")
+        self._check_number("learning_rate", float, lambda x: x > 0, "positive")
+        for name in ("final_learning_rate", "weight_decay", "warmup_epochs"):
+            self._check_number(name, float, lambda x: x >= 0, "a number >= 0")
+        if self.clip_norm is not None:
+            self._check_number("clip_norm", float, lambda x: x > 0, "positive or None")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs must be in [0, epochs={self.epochs}), "
                 f"got {self.warmup_epochs}."
             )
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be positive, got {self.clip_norm}.")
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", self.precision, PRECISIONS))
+
+    def _check_number(self, name, kind, fits, rule):
+        value = getattr(self, name)
+        numbers = (int,) if kind is int else (int, float)
+        is_number = isinstance(value, numbers) and not isinstance(value, bool)
+        if not (is_number and fits(value)):
+            raise ValueError(f"{name} must be {rule}, got {value!r}.")
 
     def replace(self, **changes) -> "Recipe":
         """Return a copy with other values.
 
         A name that is not a field of the recipe is an argument of the model, so
-        `replace(epochs=3, depth=2)` does what it says; the model checks those.
+        `replace(epochs=3, depth=2)` does what it says.
+
+        Raises:
+            ValueError: If a name is neither.
         """
-        fields = {field.name for field in dataclasses.fields(self)}
+        fields = [field.name for field in dataclasses.fields(self)]
+        arguments = self._model_arguments()
+        for name in changes:
+            if name not in fields and name not in arguments:
+                raise ValueError(unknown("A field", name, [*fields, *arguments]))
         own = {name: value for name, value in changes.items() if name in fields}
         model = {name: value for name, value in changes.items() if name not in fields}
         if model:
             own["model"] = {**self.model, **own.get("model", {}), **model}
         return dataclasses.replace(self, **own)
 
+    def _model_arguments(self):
+        function = getattr(keras_vit, self.family)
+        rows = sys.modules[function.__module__].VARIANTS.values()
+        overrides = dataclasses.fields(next(iter(rows)))
+        signature = inspect.signature(function).parameters
+        taken = ("name", "num_classes", "overrides")
+        own = [name for name in signature if name not in taken]
+        return [*own, *(field.name for field in overrides)]
+
     def build_model(self, num_classes: int) -> keras.Model:
         """Build the model under the current dtype policy."""
-        import keras_vit
-
         return getattr(keras_vit, self.family)(**self.model, num_classes=num_classes)
 
 
@@ -134,7 +159,7 @@ RECIPES = {
             },
             epochs=40,
             batch_size=64,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup_epochs=3,
             weight_decay=0.05,
             affine={"rotation_degrees": 10.0, "zoom": 0.1, "shift": 0.08},
