@@ -1,0 +1,55 @@
+"""The same tests on every other backend that is installed, each in a child process.
+
+`pytest` runs the backend of KERAS_BACKEND in its own process; a process of Keras has
+one. Only what is backend-agnostic runs again: the library, the fit loop, the optimizer, and
+the export of a model of that backend.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+TESTS = Path(__file__).parent
+LIBRARY = sorted((TESTS.parent / "keras_vit").glob("[a-z]*.py"))
+FILES = [
+    path
+    for name in [*(module.stem for module in LIBRARY), "package", "optimize", "loop"]
+    if (path := TESTS / f"test_{name}.py").exists()
+]
+PARITY = TESTS / "test_export.py::test_logits_in_the_cpp_session_are_those_of_the_model"
+OTHERS = [
+    name
+    for name in ("tensorflow", "jax", "torch")
+    if name != keras.backend.backend() and importlib.util.find_spec(name)
+]
+
+
+@pytest.mark.skipif(
+    os.environ.get("KERAS_VIT_ONE_BACKEND") == "1", reason="asked for one backend only"
+)
+@pytest.mark.parametrize("backend", OTHERS)
+def test_on_another_backend(backend):
+    assert len(FILES) >= 6
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "not slow",
+        *map(str, [*FILES, PARITY]),
+    ]
+    result = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        cwd=TESTS.parent,
+        env={**os.environ, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    tail = result.stdout[-6000:]
+    print(backend, tail.strip().splitlines()[-1])
+    assert result.returncode == 0, tail

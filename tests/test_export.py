@@ -1,0 +1,306 @@
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from conftest import to_numpy
+from PIL import Image
+
+import export
+from export import Runtime, RuntimeCrashError, StatusError, export_saved_model, verify
+from export.runtime import strings
+from export.saved_model import read_model
+from keras_vit import ViT
+
+ROOT = Path(__file__).parent.parent
+LABELS = ["cat", "dog", "émeu", "yak"]
+
+
+def build(**kwargs):
+    settings = {
+        "image_size": 32,
+        "patch_size": 8,
+        "depth": 2,
+        "num_classes": 4,
+        "dropout": 0.1,
+        "drop_path_rate": 0.1,
+    }
+    return ViT("deit_tiny", **{**settings, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(1)
+    return build()
+
+
+@pytest.fixture(scope="module")
+def artifact(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return export_saved_model(model, folder, LABELS, top_k=3, progress=False)
+
+
+@pytest.fixture
+def runtime(artifact):
+    with Runtime(artifact) as runtime:
+        yield runtime
+
+
+def draw(*shape):
+    return np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
+
+
+def png(height, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), "uint8")
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_logits_in_the_cpp_session_are_those_of_the_model(model, runtime):
+    images = draw(5, 32, 32, 3)
+    expected = to_numpy(model(images))
+    answer = runtime.run("images", images=images)
+    bound = 1e-5 * max(1.0, np.abs(expected).max())
+    assert np.abs(answer["logits"] - expected).max() <= bound
+    sums = answer["probabilities"].sum(-1)
+    np.testing.assert_allclose(sums, 1, atol=1e-5)
+
+
+def test_names_dtypes_and_shapes_are_the_contract(runtime):
+    assert sorted(runtime.signatures) == ["image_bytes", "images", "serving_default"]
+    described = {
+        signature: {
+            side: {key: (x["dtype"], x["shape"]) for key, x in found[side].items()}
+            for side in ("inputs", "outputs")
+        }
+        for signature, found in runtime.signatures.items()
+    }
+    files = {
+        "inputs": {"image_bytes": ("DT_STRING", [-1])},
+        "outputs": {
+            "classes": ("DT_STRING", [-1, 3]),
+            "probabilities": ("DT_FLOAT", [-1, 4]),
+            "scores": ("DT_FLOAT", [-1, 3]),
+        },
+    }
+    pixels = {
+        "inputs": {"images": ("DT_FLOAT", [-1, 32, 32, 3])},
+        "outputs": {
+            "logits": ("DT_FLOAT", [-1, 4]),
+            "probabilities": ("DT_FLOAT", [-1, 4]),
+        },
+    }
+    assert described == {
+        "image_bytes": files,
+        "serving_default": files,
+        "images": pixels,
+    }
+
+
+def test_files_of_any_size_are_answered_as_the_models_own_pixels(model, runtime):
+    """Against Pillow: DeiT resizes to 32 / 0.875 and crops the centre."""
+    data = [png(36, 36), png(70, 90, 1), png(20, 50, 2)]
+    answer = runtime.run("image_bytes", image_bytes=strings(data))
+    images = []
+    for file in data:
+        image = Image.open(io.BytesIO(file))
+        scale = 36 / min(image.size)
+        size = [max(36, int(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (round((side - 32) / 2) for side in image.size)
+        images.append(np.asarray(image.crop((left, top, left + 32, top + 32))))
+    logits = to_numpy(model(np.stack(images).astype("float32")))
+    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-3)
+    for row, best in enumerate(np.argsort(-answer["probabilities"])[:, :3]):
+        names = [name.decode() for name in answer["classes"][row]]
+        assert names == [LABELS[i] for i in best]
+        scores = answer["probabilities"][row, best]
+        np.testing.assert_allclose(answer["scores"][row], scores, atol=1e-6)
+
+
+def test_requests_that_end_other_servers_get_a_status(runtime):
+    wrong = [
+        draw(32, 32, 3),  # rank 3
+        draw(1, 40, 40, 3),
+        draw(16, 40, 40, 3),
+        draw(1, 32, 32, 3).astype("float64"),
+        draw(1, 1, 32, 32, 3),
+    ]
+    for images in wrong:
+        with pytest.raises(StatusError) as status:
+            runtime.run("images", images=images)
+        assert status.value.code == "INVALID_ARGUMENT"
+    empty = runtime.run("images", images=draw(0, 32, 32, 3))
+    assert empty["logits"].shape == (0, 4)
+    with pytest.raises(StatusError) as status:
+        runtime.run("image_bytes", image_bytes=strings([png(9, 9), b"garbage"]))
+    assert status.value.code == "INVALID_ARGUMENT"
+    with pytest.raises(StatusError, match="FAILED_PRECONDITION: no signature"):
+        runtime.run("nothing", images=empty["logits"])
+    with pytest.raises(StatusError, match="inputs must be"):
+        runtime.run("images", pixels=empty["logits"])
+    assert runtime.run("images", images=draw(2, 32, 32, 3))["logits"].shape == (2, 4)
+
+
+def test_verify_holds_and_is_recorded(artifact):
+    report = verify(artifact, progress=False)
+    assert report.ok and len(report.checks) == 24, str(report)
+    recorded = json.loads((artifact / "assets.extra/report.json").read_text())
+    assert recorded["ok"] and len(recorded["checks"]) == 24
+    manifest = json.loads((artifact / "assets.extra/manifest.json").read_text())
+    assert manifest["labels"] == LABELS
+    assert manifest["preprocess"] == {
+        "image_size": [32, 32],
+        "crop_ratio": 0.875,
+        "interpolation": "bicubic",
+    }
+    assert manifest["trained_with"] == keras.backend.backend()
+
+
+def failing(directory):
+    report = verify(directory, progress=False)
+    return {check.name: check.detail for check in report.checks if not check.ok}
+
+
+def test_weights_are_stored_once(artifact, model):
+    stored = sum(path.stat().st_size for path in (artifact / "variables").iterdir())
+    assert stored < 1.02 * 4 * model.count_params() + 20_000
+
+
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (lambda d: os.truncate(d / "saved_model.pb", 1000), "loads in the C++ runtime"),
+        (lambda d: (d / "variables/variables.index").unlink(), "logits of"),
+        (lambda d: flip(d / "variables/variables.data-00000-of-00001"), "loads in"),
+        (lambda d: (d / "assets.extra/manifest.json").unlink(), "manifest"),
+    ],
+)
+def test_verify_fails_on_a_damaged_artifact(artifact, tmp_path, damage, expected):
+    copy = tmp_path / "1"
+    shutil.copytree(artifact, copy)
+    assert failing(copy) == {}
+    damage(copy)
+    assert any(name.startswith(expected) for name in failing(copy))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+FOREIGN = """
+import sys
+import tensorflow as tf
+
+class Module(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 3), name="images")])
+    def images(self, images):
+        kernel = tf.ones((2, 2, 3, 4))
+        if sys.argv[2] == "PyFunc":
+            images = tf.numpy_function(lambda x: x, [images], tf.float32)
+            images.set_shape((None, 8, 8, 3))
+        if sys.argv[2] == "Random":
+            images += tf.random.normal((1,))
+        x = tf.nn.conv2d(images, kernel, 2, "VALID")
+        return {"logits": tf.reduce_mean(x, (1, 2)), "probabilities": x[:, 0, 0]}
+
+module = Module()
+tf.saved_model.save(module, sys.argv[1], {"images": module.images})
+"""
+
+
+@pytest.mark.parametrize("flaw", ["PyFunc", "Random", "abort"])
+def test_verify_refuses_what_a_server_cannot_run_or_survive(tmp_path, flaw):
+    """A plain convolution aborts the process on a tensor of rank 3."""
+    directory = tmp_path / "1"
+    command = [sys.executable, "-c", FOREIGN, str(directory), flaw]
+    subprocess.run(command, check=True, capture_output=True)
+    found = failing(directory)
+    if flaw == "abort":
+        assert "died with SIGABRT" in found["images of rank 3"]
+    else:
+        assert flaw in found["ops"]
+    assert "signatures" in found and "manifest" in found
+
+
+def test_a_crash_is_told_and_the_caller_lives(tmp_path):
+    directory = tmp_path / "1"
+    command = [sys.executable, "-c", FOREIGN, str(directory), "abort"]
+    subprocess.run(command, check=True, capture_output=True)
+    with Runtime(directory) as runtime:
+        with pytest.raises(RuntimeCrashError, match=r"SIGABRT.*Check failed"):
+            runtime.run("images", images=draw(8, 8, 3))
+    with pytest.raises(StatusError, match="NOT_FOUND"):
+        Runtime(tmp_path / "nowhere")
+
+
+def test_versions_follow_each_other_and_are_never_changed(artifact, model):
+    folder = artifact.parent
+    assert artifact.name == "1"
+    second = export_saved_model(model, folder, progress=False)
+    assert second.name == "2"
+    with pytest.raises(FileExistsError, match=r"has \[1, 2\], got 2"):
+        export_saved_model(model, folder, version=2, progress=False)
+    assert export_saved_model(model, folder, version=7, progress=False).name == "7"
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "7"]
+
+
+def test_a_failed_export_leaves_nothing_behind(model, tmp_path, monkeypatch):
+    bad = export.Report(tmp_path, (export.Check("parity", False, "0.5"),))
+    monkeypatch.setattr("export.saved_model.verify", lambda *_, **__: bad)
+    with pytest.raises(ValueError, match=r"does not pass verify:\nFAIL parity: 0.5"):
+        export_saved_model(model, tmp_path / "m", progress=False)
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_a_rebuilt_model_that_differs_is_not_exported(model, tmp_path, monkeypatch):
+    wrong = lambda *_: np.ones((4, 4))  # noqa: E731
+    monkeypatch.setattr("export.saved_model._logits_on_cpu", wrong)
+    backend = keras.backend.backend()
+    with pytest.raises(ValueError, match=f"logits of {backend} within 1e-05, got"):
+        export_saved_model(model, tmp_path / "m", progress=False)
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_one_artifact_of_any_size_answers_every_size(tmp_path):
+    model = build(image_size=None, position_grid=(4, 4), pool="mean")
+    artifact = export_saved_model(model, tmp_path / "any", progress=False)
+    with Runtime(artifact) as runtime:
+        for size in [(24, 24), (32, 32), (48, 48), (32, 64), (30, 21)]:
+            images = draw(2, *size, 3)
+            logits = runtime.run("images", images=images)["logits"]
+            np.testing.assert_allclose(logits, to_numpy(model(images)), atol=2e-5)
+        answer = runtime.run("image_bytes", image_bytes=strings([png(30, 50)]))
+        assert answer["probabilities"].shape == (1, 4)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_mixed_precision_model_answers_in_float32(tmp_path, policy):
+    keras.config.set_dtype_policy(policy)
+    artifact = export_saved_model(build(), tmp_path / "half", progress=False)
+    with Runtime(artifact) as runtime:
+        logits = runtime.run("images", images=draw(2, 32, 32, 3))["logits"]
+    assert logits.dtype == "float32" and np.isfinite(logits).all()
+
+
+def test_what_cannot_be_exported_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="must name the model's 4 classes, got 2"):
+        export_saved_model(model, tmp_path, ["a", "b"])
+    with pytest.raises(FileNotFoundError, match="There is no model file"):
+        export_saved_model(tmp_path / "nowhere.keras", tmp_path)
+    model.save(tmp_path / "model.keras")
+    read_model(tmp_path / "model.keras")
+    os.truncate(tmp_path / "model.keras", 3000)
+    with pytest.raises(ValueError, match=r"must be a .keras file; it is damaged"):
+        export_saved_model(tmp_path / "model.keras", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,86 @@
+import io
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from keras_vit import ViT
+from keras_vit.embedding import Preprocess
+from training.preprocess import decode, resize
+
+
+def photo(height, width, mode="RGB"):
+    """A smooth picture with some texture, as Pillow image."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / (9 + i)) * np.cos(y / (7 + i)) * 90 + 128 for i in range(4)]
+    noise = np.random.default_rng(0).normal(0, 8, (height, width, 4))
+    pixels = np.clip(np.stack(waves, -1) + noise, 0, 255).astype("uint8")
+    return Image.fromarray(pixels, "RGBA").convert(mode)
+
+
+def encode(image, kind):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_the_record_travels_with_the_model(tmp_path):
+    model = ViT("deit_tiny", image_size=(32, 48), depth=1, num_classes=3)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    expected = Preprocess((32, 48), 0.875, "bicubic")
+    assert Preprocess.of_model(model) == Preprocess.of_model(loaded) == expected
+    plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="must contain a PixelNormalization"):
+        Preprocess.of_model(plain)
+
+
+@pytest.mark.parametrize("kind, mode", [("PNG", "RGB"), ("PNG", "L"), ("BMP", "RGB")])
+def test_lossless_files_decode_to_rgb(kind, mode):
+    image = photo(31, 45, mode)
+    pixels = decode(encode(image, kind)).numpy()
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+def test_jpeg_gif_and_rgba_decode_to_three_channels():
+    for kind, mode in (("JPEG", "RGB"), ("JPEG", "L"), ("GIF", "P"), ("PNG", "RGBA")):
+        assert decode(encode(photo(20, 30, mode), kind)).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_ratio", [None, 0.875, 1.0])
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (224, 224), (40, 61)])
+def test_pixels_are_those_of_pillow_within_one_grey_level(
+    interpolation, crop_ratio, shape
+):
+    image = photo(*shape)
+    height, width = 96, 64
+    preprocess = Preprocess((height, width), crop_ratio, interpolation)
+    pixels = resize(decode(encode(image, "PNG")), preprocess).numpy()
+    assert pixels.shape == (height, width, 3)
+
+    method = getattr(Image.Resampling, interpolation.upper())
+    if crop_ratio is None:
+        expected = image.resize((width, height), method)
+    else:  # torchvision's Resize (the smaller side decides) and CenterCrop
+        floor = int(height / crop_ratio), int(width / crop_ratio)
+        scale = max(floor[0] / shape[0], floor[1] / shape[1])
+        size = [
+            max(low, int(side * scale)) for low, side in zip(floor, shape, strict=True)
+        ]
+        resized = image.resize((size[1], size[0]), method)
+        top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+        expected = resized.crop((left, top, left + width, top + height))
+    expected = np.asarray(expected, "float32")  # rounded, after each of the two axes
+    assert np.abs(np.round(pixels) - expected).max() <= 1
+    assert np.abs(pixels - expected).mean() < 0.4
+
+
+def test_what_is_no_image_is_an_error():
+    whole = encode(photo(64, 64), "PNG")
+    for data in (b"", b"text", whole[:500]):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode(data)

@@ -1,0 +1,52 @@
+import dataclasses
+
+import pytest
+
+from training import RECIPES
+from training.recipe import find_recipe
+
+
+def test_every_recipe_builds_its_model_and_says_where_it_comes_from():
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name and recipe.source and recipe.cost and recipe.expected
+        model = recipe.replace(depth=1).build_model(3)
+        assert model.output_shape == (None, 3)
+
+
+def test_replace_takes_fields_of_the_recipe_and_arguments_of_the_model():
+    recipe = RECIPES["digits"].replace(epochs=7, depth=2, pool="class")
+    assert recipe.epochs == 7
+    assert recipe.model["depth"] == 2 and recipe.model["pool"] == "class"
+    assert RECIPES["digits"].epochs != 7  # recipes are values
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPES["digits"].epochs = 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"epoch": 3}, "got 'epoch'. Did you mean 'epochs'"),
+        ({"embed_dims": 3}, "got 'embed_dims'. Did you mean 'embed_dim'"),
+        ({"num_classes": 3}, "got 'num_classes'"),
+        ({"epochs": 0}, "epochs must be a positive int, got 0"),
+        ({"epochs": "abc"}, "epochs must be a positive int, got 'abc'"),
+        ({"batch_size": 1.5}, "batch_size must be a positive int, got 1.5"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number >= 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive or None, got 0.0"),
+        ({"warmup_epochs": 99}, r"warmup_epochs must be in \[0, epochs=40\), got 99"),
+        ({"precision": "float16"}, "'mixed_float16', got 'float16'. Did you mean"),
+        ({"seed": -1}, "seed must be an int >= 0, got -1"),
+    ],
+)
+def test_wrong_values_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        RECIPES["digits"].replace(**change)
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match=r"got 'digit'. Did you mean 'digits'"):
+        find_recipe("digit")
