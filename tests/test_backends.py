@@ -1,8 +1,8 @@
 """The same tests on every other backend that is installed, each in a child process.
 
 `pytest` runs the backend of KERAS_BACKEND in its own process; a process of Keras has
-one. Only what is backend-agnostic runs again: the library, the fit loop, the optimizer, and
-the export of a model of that backend.
+one. Only what is backend-agnostic runs again: the library, the fit loop, the optimizer,
+and the export of a model of that backend.
 """
 
 import importlib.util
