@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from export.runtime import Runtime, RuntimeCrashError, StatusError, strings
+from export.runtime import Runtime, RuntimeCrashError
+from export.session import StatusError, strings
 
 JSON_DTYPES = ("DT_FLOAT", "DT_INT32", "DT_INT64", "DT_BOOL", "DT_STRING")
 FORBIDDEN = ("Xla", "_Xla", "PyFunc", "EagerPyFunc", "Random", "StatelessRandom")

@@ -227,7 +227,7 @@ def predict(
     from tqdm.auto import tqdm
 
     from export import Runtime, StatusError
-    from export.runtime import strings
+    from export.session import strings
 
     table = Table("file", *(f"{i + 1}." for i in range(top)))
     damaged = []
@@ -336,7 +336,7 @@ def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path
     from tqdm.auto import tqdm
 
     from export import Runtime
-    from export.runtime import strings
+    from export.session import strings
 
     examples = list(data.stream("validation").as_numpy_iterator())
     files = [data.read(handle) for handle, _ in examples]

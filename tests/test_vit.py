@@ -26,7 +26,9 @@ PARAMETERS = {
     "deit_tiny_distilled": {16: 5_910_800},
     "deit_small_distilled": {16: 22_436_432},
     "deit_base_distilled": {16: 87_338_192},
+    "deit_tiny": {16: 5_717_416},
     "deit_small": {16: 22_050_664},
+    "deit_base": {16: 86_567_656},
     "deit3_small": {16: 22_059_496},
     "deit3_medium": {16: 38_849_512},
     "deit3_base": {16: 86_585_320},
@@ -43,7 +45,7 @@ def count(*args, **kwargs):
     return number
 
 
-@pytest.mark.parametrize("variant", PARAMETERS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_parameter_count(variant):
     for patch_size, expected in PARAMETERS[variant].items():
         assert count(variant, patch_size=patch_size) == expected
@@ -260,8 +262,3 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
         ViT("tiny", image_size=(1, 2, 3))
     with pytest.raises(ValueError, match=r"patch_size=16 must divide .* 40 x 40"):
         ViT("tiny", image_size=40)
-
-
-def test_every_row_builds():
-    for variant in VARIANTS:
-        assert count(variant, depth=1) > 0
