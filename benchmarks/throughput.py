@@ -22,6 +22,7 @@ makes of it (TensorFlow and JAX use TF32, PyTorch does not).
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -31,6 +32,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -47,20 +49,10 @@ TASKS = ("inference", "training")
 IMAGE_SIZE = 224
 NUM_CLASSES = 1000
 LEARNING_RATE = 1e-4
-DISTRIBUTIONS = (
-    "keras-vit",
-    "keras",
-    "keras-hub",
-    "tensorflow",
-    "jax",
-    "torch",
-    "timm",
-    "openvino",
-    "numpy",
-)
+DISTRIBUTIONS = "keras-vit keras keras-hub tensorflow jax torch timm openvino numpy"
 
-# task -> function that runs one batch and returns once the device has finished it
-Steps = dict[str, Callable[[], Any]]
+# the device, and task -> function that runs one batch and returns once it is done
+Steps = tuple[str, dict[str, Callable[[], Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +139,7 @@ def keras_steps(
     import keras
 
     policy = "mixed_bfloat16" if precision == "bfloat16" else "float32"
-    keras.mixed_precision.set_dtype_policy(policy)
+    keras.config.set_dtype_policy(policy)
     model = build_model()
     model.compile(
         keras.optimizers.AdamW(LEARNING_RATE),
@@ -160,10 +152,11 @@ def keras_steps(
         # the loss is there before the update is: wait for the update
         keras.ops.convert_to_numpy(model.trainable_variables[0])
 
-    return {
-        "inference": lambda: model.predict_on_batch(images),  # returns NumPy
-        "training": train,
-    }
+    def infer() -> None:
+        model.predict_on_batch(images)  # waits, for it returns NumPy
+
+    device = getattr(model.trainable_variables[0].value, "device", "unknown")
+    return str(device), {"inference": infer, "training": train}
 
 
 def import_timm() -> Any:
@@ -211,7 +204,7 @@ def timm_steps(precision: str, batch_size: int) -> Steps:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return {"inference": infer, "training": train}
+    return device, {"inference": infer, "training": train}
 
 
 def openvino_steps(precision: str, batch_size: int) -> Steps:
@@ -229,7 +222,7 @@ def openvino_steps(precision: str, batch_size: int) -> Steps:
         "CPU",
         {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32"},
     )
-    return {"inference": lambda: compiled(images)[0]}
+    return "cpu", {"inference": lambda: compiled(images)}
 
 
 BUILDERS: dict[str, Callable[[str, int], Steps]] = {
@@ -240,27 +233,7 @@ BUILDERS: dict[str, Callable[[str, int], Steps]] = {
 }
 
 
-def device_name(backend: str) -> str:
-    """The accelerator that this process computes on, or CPU."""
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        devices = tf.config.list_physical_devices("GPU")
-        details = map(tf.config.experimental.get_device_details, devices[:1])
-        return next((x.get("device_name", "GPU") for x in details), "CPU")
-    if backend == "jax":
-        import jax
-
-        device = jax.devices()[0]
-        return "CPU" if device.platform == "cpu" else device.device_kind
-    if backend == "torch":
-        import torch
-
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return "CPU"
-
-
-def work(name: str, backend: str, batch_size: int) -> None:
+def work(name: str, batch_size: int) -> None:
     """Answer requests, a JSON line each, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
@@ -268,12 +241,11 @@ def work(name: str, backend: str, batch_size: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            step = build(request["precision"], batch_size)[request["task"]]
+            device, steps = build(request["precision"], batch_size)
             start = time.perf_counter()
             for _ in range(request["steps"]):
-                step()
-            seconds = time.perf_counter() - start
-            answer = {"seconds": seconds, "device": device_name(backend)}
+                steps[request["task"]]()
+            answer = {"seconds": time.perf_counter() - start, "device": device}
         except Exception as error:
             first_line = str(error).strip().partition("\n")[0]
             answer = {"error": f"{type(error).__name__}: {first_line}"}
@@ -298,7 +270,7 @@ class Worker:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
         command = [sys.executable, __file__, "--batch-size", str(batch_size)]
-        command += ["--worker", contestant.name, contestant.backend]
+        command += ["--worker", contestant.name]
         self._process = subprocess.Popen(
             command,
             env=os.environ | environment,
@@ -332,7 +304,6 @@ class Worker:
         """End the process."""
         self._process.kill()
         self._process.communicate()
-        self._log.close()
 
 
 Speeds = dict[tuple[Contestant, str, str], list[float]]
@@ -388,30 +359,102 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = [
-            text.ljust(width) if i < 3 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells))
+        print("  ".join(map(str.ljust, line, widths)))
 
 
-def processor() -> str:
-    """Model of the CPU and its bfloat16 instructions, as far as lscpu knows them."""
-    text = platform.processor() or platform.machine()
-    if shutil.which("lscpu"):
-        output = subprocess.run(["lscpu"], capture_output=True, text=True).stdout
-        pairs = (line.split(":", 1) for line in output.splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in pairs}
-        flags = {"amx_bf16", "avx512_bf16"} & set(fields.get("Flags", "").split())
-        text = f"{fields.get('Model name', text)}; {' '.join(sorted(flags)) or text}"
-    return f"{text}; {os.cpu_count()} cores"
+def output_of(*command: str) -> str:
+    """What a program prints, or nothing where there is no such program."""
+    if not shutil.which(command[0]):
+        return ""
+    return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def versions() -> str:
+def print_machine() -> None:
+    """Print processor, its bfloat16 instructions, accelerators and versions."""
+    lscpu = output_of("lscpu")
+    model = re.search(r"Model name:\s*(.*)", lscpu)
+    print(
+        f"Processor: {model[1] if model else platform.machine()},",
+        f"{os.cpu_count()} cores,",
+        " ".join(re.findall(r"\b(?:amx|avx512)_bf16\b", lscpu)) or "no bfloat16 known",
+    )
+    print(output_of("nvidia-smi", "-L"), end="")
     found = [f"Python {platform.python_version()}"]
-    for name in DISTRIBUTIONS:
+    for name in DISTRIBUTIONS.split():
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
-    return ", ".join(found)
+    print(", ".join(found))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Start the workers, measure, print the table and write it to a file."""
+    everybody = contestants(options.backends)
+    rows = [contestant for contestant in everybody if not contestant.missing]
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for contestant in rows:
+            log = stack.enter_context(tempfile.TemporaryFile())
+            workers.append(Worker(contestant, options.batch_size, log))
+            stack.callback(workers[-1].close)
+        speeds = measure(workers, options)
+    lines = table(rows, speeds, options)
+    print_table(lines)
+    print(
+        f"Batch {options.batch_size}; median of {options.rounds} rounds of "
+        f"{options.steps} batches; ratios to {BASELINE}, round by round."
+    )
+    for contestant in everybody:
+        if contestant.missing:
+            print(f"{contestant}: not installed: {', '.join(contestant.missing)}")
+    for worker in workers:
+        print(f"{worker.contestant}: {worker.failure or worker.device}")
+    print_machine()
+    if options.output:
+        with options.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}.")
+    return int(text)
+
+
+def choices(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """Parser of a comma-separated list."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if not set(names) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"must be of {allowed}, got {text!r}.")
+        return names
+
+    return parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = functools.partial(parser.add_argument, metavar="N", type=positive)
+    add("--batch-size", default=16, help="images a batch")
+    add("--rounds", default=5, help="turns of each contestant, after a warm-up")
+    add("--steps", default=3, help="batches a turn")
+    parser.add_argument("--train", default=True, action=argparse.BooleanOptionalAction)
+    add = functools.partial(parser.add_argument, metavar="LIST")
+    add("--precisions", type=choices(PRECISIONS), default=list(PRECISIONS))
+    add("--backends", type=choices(KERAS_BACKENDS), default=["tensorflow"])
+    parser.add_argument("--output", type=Path, metavar="CSV", help="table as CSV")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.tasks = TASKS if options.train else TASKS[:1]
+    if options.worker:
+        work(options.worker, options.batch_size)
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()

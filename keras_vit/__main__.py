@@ -229,8 +229,7 @@ def predict(
     from export import Runtime, StatusError
     from export.session import strings
 
-    table = Table("file", *(f"{i + 1}." for i in range(top)))
-    damaged = []
+    rows, damaged = [], []
     with Runtime(_version(directory)) as runtime:
         for file in tqdm(files, unit=" images", disable=len(files) < 10):
             try:
@@ -243,8 +242,11 @@ def predict(
                 continue
             pairs = zip(answer["classes"][0], answer["scores"][0], strict=True)
             best = [f"{name.decode()} {score:.1%}" for name, score in pairs]
-            table.add_row(str(file), *best[:top])
-    if table.row_count:
+            rows.append([str(file), *best[:top]])
+    if rows:
+        table = Table("file", *(f"{i}." for i in range(1, len(rows[0]))))
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     if damaged:
         raise ValueError(
@@ -354,10 +356,8 @@ def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path
     folder.mkdir(parents=True, exist_ok=True)
     # The first of them, and every one that is wrong: what a reader wants to see.
     wrong = [i for i, name in enumerate(classes) if name != truth[i]]
-    shown = [
-        *[i for i in range(len(files)) if i not in wrong][: 24 - len(wrong)],
-        *wrong,
-    ]
+    right = [i for i in range(len(files)) if i not in wrong]
+    shown = [*right[: max(0, 24 - len(wrong))], *wrong]
     figure = Figure(figsize=(8, 6.2), layout="constrained")
     grid = figure.subplots(4, 6)
     figure.suptitle("Held-out digits, answered by the exported model (wrong: all, red)")

@@ -79,7 +79,7 @@ def fit(
             epochs=recipe.epochs,
             first_epoch=first_epoch,
             seed=recipe.seed,
-            augment=recipe.affine and partial(random_affine, **recipe.affine),
+            augment=_augmentation(recipe),
         )
         held_out = validation_batches(data, preprocess, recipe.batch_size)
         if first_epoch < recipe.epochs:
@@ -95,6 +95,12 @@ def fit(
                     verbose=0,
                 )
     return model
+
+
+def _augmentation(recipe):
+    if recipe.random_affine is None:
+        return None
+    return partial(random_affine, **recipe.random_affine)
 
 
 def compile_model(model: keras.Model, recipe: Recipe, steps_per_epoch: int) -> None:

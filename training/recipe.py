@@ -32,8 +32,8 @@ class Recipe:
         final_learning_rate: Learning rate after the last step of the cosine.
         warmup_epochs: Length of the linear warm-up from 0; a fraction is fine.
         weight_decay: Decoupled decay of the kernels; everything else is undecayed.
-        affine: Keyword arguments of `training.augment.random_affine`; None for no
-            augmentation.
+        random_affine: Keyword arguments of `training.augment.random_affine`; None for
+            no augmentation.
         clip_norm: Largest global norm of the gradient; None for no clipping.
         precision: `"float32"`, `"mixed_bfloat16"`, `"mixed_float16"`, or `"auto"`:
             the half precision that the accelerator is made for, float32 on a CPU.
@@ -56,7 +56,7 @@ class Recipe:
     final_learning_rate: float = 0.0
     warmup_epochs: float = 0.0
     weight_decay: float = 0.05
-    affine: Mapping[str, float] | None = None
+    random_affine: Mapping[str, float] | None = None
     clip_norm: float | None = None
     precision: str = "auto"
     seed: int = 0
@@ -162,7 +162,7 @@ RECIPES = {
             learning_rate=2e-3,
             warmup_epochs=3,
             weight_decay=0.05,
-            affine={"rotation_degrees": 10.0, "zoom": 0.1, "shift": 0.08},
+            random_affine={"rotation_degrees": 10.0, "zoom": 0.1, "shift": 0.08},
             clip_norm=1.0,
         ),
         Recipe(
