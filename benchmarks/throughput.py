@@ -4,21 +4,17 @@
     python benchmarks/throughput.py --backends tensorflow,jax,torch --no-train
 
 Contestants: keras_vit on the Keras backends asked for and, where installed, KerasHub on
-TensorFlow, timm (eager; it needs torchvision) and OpenVINO running the model of
-keras_vit (inference only, on the CPU). What is not installed is listed and skipped.
-
-Every contestant lives in a process of its own, as Keras has one backend a process. The
-processes answer in turn, round by round, and one alone computes at any time, so that
-whatever else slows the machine slows them all. A ratio is the median over the rounds of
-the ratio to KerasHub on TensorFlow, in the same precision and round. Speeds of two
-machines, or of two runs, are not comparable; ratios are, on like processors.
+TensorFlow, timm (eager; it needs torchvision) and OpenVINO on the CPU, which infers
+with keras_vit's model. Each has its own process, as Keras has one backend a process.
+They take turns, one alone computing at any time, so that whatever else slows the
+machine slows them all. A ratio is the median over the rounds of the speed relative to
+KerasHub's, in the same precision and round; ratios differ between kinds of processor.
 
 Inference is `predict_on_batch`, training is `train_on_batch` with AdamW; the batch is
-on the device already, and every batch is waited for. bfloat16 is the policy
-`mixed_bfloat16`, autocast in timm, and a precision hint in OpenVINO. Each model is its
-library's default: keras_vit alone normalises its pixels, and its GELU is the tanh
-approximation where KerasHub and timm compute erf. On a GPU float32 is what each library
-makes of it (TensorFlow and JAX use TF32, PyTorch does not).
+on the device already, and every batch is waited for. bfloat16 is the Keras policy
+`mixed_bfloat16`, autocast in timm, a hint in OpenVINO. Models are their libraries'
+defaults: keras_vit's alone normalises pixels, and has the tanh approximation of GELU
+where KerasHub's and timm's compute erf. float32 on a GPU is TF32 to TensorFlow and JAX.
 """
 
 import argparse
@@ -33,19 +29,17 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-KERAS_BACKENDS = ("tensorflow", "jax", "torch")
-PRECISIONS = ("float32", "bfloat16")
-TASKS = ("inference", "training")
+KERAS_BACKENDS = "tensorflow", "jax", "torch"
+PRECISIONS = "float32", "bfloat16"
+TASKS = "inference", "training"
 IMAGE_SIZE = 224
 NUM_CLASSES = 1000
 LEARNING_RATE = 1e-4
@@ -57,18 +51,11 @@ Steps = tuple[str, dict[str, Callable[[], Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """One process of the comparison.
+    """One process of the comparison."""
 
-    Args:
-        name: Key of `BUILDERS`, and the name in the table.
-        backend: What computes.
-        needs: Modules without which there is no such process.
-        trains: Whether it has a training step.
-    """
-
-    name: str
+    name: str  # key of `BUILDERS`
     backend: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # modules
     trains: bool = True
 
     @property
@@ -79,21 +66,17 @@ class Contestant:
         return f"{self.name} on {self.backend}"
 
 
+OPENVINO = "OpenVINO (keras_vit)"
 BASELINE = Contestant("KerasHub", "tensorflow", ("keras_hub", "tensorflow"))
 
 
 def contestants(backends: Sequence[str]) -> list[Contestant]:
     """All rows of the table, in the order in which they take their turns."""
     return [
-        *(Contestant("keras_vit", name, ("keras_vit", name)) for name in backends),
+        *(Contestant("keras_vit", name, (name,)) for name in backends),
         BASELINE,
         Contestant("timm", "torch", ("timm", "torchvision", "torch")),
-        Contestant(
-            "OpenVINO (keras_vit)",
-            "openvino",
-            ("openvino", "keras_vit", "tensorflow"),
-            trains=False,
-        ),
+        Contestant(OPENVINO, "openvino", ("openvino", "tensorflow"), trains=False),
     ]
 
 
@@ -121,13 +104,8 @@ def keras_hub_model() -> Any:
     import keras_hub
 
     backbone = keras_hub.models.ViTBackbone(
-        image_shape=(IMAGE_SIZE, IMAGE_SIZE, 3),
-        patch_size=16,
-        num_layers=12,
-        num_heads=6,
-        hidden_dim=384,
-        mlp_dim=1536,
-    )
+        (IMAGE_SIZE, IMAGE_SIZE, 3), 16, 12, 6, hidden_dim=384, mlp_dim=1536
+    )  # patches of 16 pixels, 12 blocks, 6 heads
     head = keras.layers.Dense(NUM_CLASSES, dtype="float32")
     return keras.Model(backbone.input, head(backbone.output[:, 0]))
 
@@ -138,8 +116,8 @@ def keras_steps(
     """One batch through the compiled functions of a Keras model."""
     import keras
 
-    policy = "mixed_bfloat16" if precision == "bfloat16" else "float32"
-    keras.config.set_dtype_policy(policy)
+    mixed = "mixed_" if precision == "bfloat16" else ""
+    keras.config.set_dtype_policy(mixed + precision)
     model = build_model()
     model.compile(
         keras.optimizers.AdamW(LEARNING_RATE),
@@ -168,9 +146,8 @@ def import_timm() -> Any:
     except RuntimeError:  # torchvision::nms does not exist
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(
-                f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            boxes = "Tensor dets, Tensor scores, float iou_threshold"
+            library.define(f"{name}({boxes}) -> Tensor")
         import timm
     return timm
 
@@ -229,7 +206,7 @@ BUILDERS: dict[str, Callable[[str, int], Steps]] = {
     "keras_vit": functools.partial(keras_steps, keras_vit_model),
     "KerasHub": functools.partial(keras_steps, keras_hub_model),
     "timm": timm_steps,
-    "OpenVINO (keras_vit)": openvino_steps,
+    OPENVINO: openvino_steps,
 }
 
 
@@ -258,10 +235,9 @@ def work(name: str, batch_size: int) -> None:
 class Worker:
     """The process of a contestant, kept alive between the rounds."""
 
-    def __init__(self, contestant: Contestant, batch_size: int, log: IO[bytes]):
+    def __init__(self, contestant: Contestant, batch_size: int):
         self.contestant = contestant
         self.device = self.failure = ""
-        self._log = log
         keras = contestant.backend in KERAS_BACKENDS
         environment = {
             "KERAS_BACKEND": contestant.backend if keras else "tensorflow",
@@ -269,14 +245,13 @@ class Worker:
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # the workers share the GPU
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
-        command = [sys.executable, __file__, "--batch-size", str(batch_size)]
-        command += ["--worker", contestant.name]
+        task = [f"--worker={contestant.name}", f"--batch-size={batch_size}"]
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, __file__, *task],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
 
@@ -287,18 +262,12 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            answer = json.loads(self._process.stdout.readline() or "{}")
-        except BrokenPipeError:
-            answer = {}
-        self.failure = answer.get("error", "" if answer else self._last_words())
+            answer = json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            answer = {"error": f"ended with exit code {self._process.wait()}"}
+        self.failure = answer.get("error", "")
         self.device = answer.get("device", self.device)
         return answer.get("seconds")
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        return f"exit code {code}: {next(filter(str.strip, reversed(lines)), '')}"
 
     def close(self) -> None:
         """End the process."""
@@ -313,13 +282,9 @@ def measure(workers: Sequence[Worker], options: argparse.Namespace) -> Speeds:
     """Images per second of every contestant, precision, task and round."""
     from tqdm import tqdm
 
-    turns = [
-        (turn, precision, task, worker)
-        for turn, precision, task, worker in itertools.product(
-            range(options.rounds + 1), options.precisions, options.tasks, workers
-        )
-        if task == "inference" or worker.contestant.trains
-    ]
+    rounds = range(options.rounds + 1)
+    turns = itertools.product(rounds, options.precisions, options.tasks, workers)
+    turns = [x for x in turns if x[2] == "inference" or x[3].contestant.trains]
     speeds: Speeds = {}
     bar = tqdm(turns, unit="turn")
     for turn, precision, task, worker in bar:
@@ -327,10 +292,8 @@ def measure(workers: Sequence[Worker], options: argparse.Namespace) -> Speeds:
         bar.set_description(f"{label}: {worker.contestant}, {precision} {task}")
         seconds = worker.seconds(precision=precision, task=task, steps=options.steps)
         if turn and seconds:  # the warm-up round compiles
-            key = worker.contestant, precision, task
-            speeds.setdefault(key, []).append(
-                options.steps * options.batch_size / seconds
-            )
+            speed = options.steps * options.batch_size / seconds
+            speeds.setdefault((worker.contestant, precision, task), []).append(speed)
     return speeds
 
 
@@ -340,11 +303,8 @@ def table(
     """A row for each precision and contestant, of medians over the rounds."""
     result = []
     for precision, contestant in itertools.product(options.precisions, rows):
-        row = {
-            "contestant": contestant.name,
-            "backend": contestant.backend,
-            "precision": precision,
-        }
+        row = {"contestant": contestant.name, "backend": contestant.backend}
+        row["precision"] = precision
         for task in options.tasks:
             ours = speeds.get((contestant, precision, task), [])
             base = speeds.get((BASELINE, precision, task), [])
@@ -362,23 +322,14 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
         print("  ".join(map(str.ljust, line, widths)))
 
 
-def output_of(*command: str) -> str:
-    """What a program prints, or nothing where there is no such program."""
-    if not shutil.which(command[0]):
-        return ""
-    return subprocess.run(command, capture_output=True, text=True).stdout
-
-
 def print_machine() -> None:
     """Print processor, its bfloat16 instructions, accelerators and versions."""
-    lscpu = output_of("lscpu")
+    lscpu, gpus = map(subprocess.getoutput, ("lscpu", "nvidia-smi -L"))
     model = re.search(r"Model name:\s*(.*)", lscpu)
-    print(
-        f"Processor: {model[1] if model else platform.machine()},",
-        f"{os.cpu_count()} cores,",
-        " ".join(re.findall(r"\b(?:amx|avx512)_bf16\b", lscpu)) or "no bfloat16 known",
-    )
-    print(output_of("nvidia-smi", "-L"), end="")
+    flags = re.findall(r"\b(?:amx|avx512)_bf16\b", lscpu)
+    print(f"Processor: {model[1] if model else platform.machine()},", end=" ")
+    print(f"{os.cpu_count()} cores,", " ".join(flags) or "no bfloat16 known")
+    print(*re.findall(r"^GPU \d+: .*", gpus, re.MULTILINE) or ["No NVIDIA GPU"])
     found = [f"Python {platform.python_version()}"]
     for name in DISTRIBUTIONS.split():
         try:
@@ -395,8 +346,7 @@ def compare(options: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         workers = []
         for contestant in rows:
-            log = stack.enter_context(tempfile.TemporaryFile())
-            workers.append(Worker(contestant, options.batch_size, log))
+            workers.append(Worker(contestant, options.batch_size))
             stack.callback(workers[-1].close)
         speeds = measure(workers, options)
     lines = table(rows, speeds, options)
@@ -418,37 +368,25 @@ def compare(options: argparse.Namespace) -> None:
             writer.writerows(lines)
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}.")
-    return int(text)
-
-
-def choices(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """Parser of a comma-separated list."""
-
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if not set(names) <= set(allowed):
-            raise argparse.ArgumentTypeError(f"must be of {allowed}, got {text!r}.")
-        return names
-
-    return parse
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = functools.partial(parser.add_argument, metavar="N", type=positive)
-    add("--batch-size", default=16, help="images a batch")
-    add("--rounds", default=5, help="turns of each contestant, after a warm-up")
-    add("--steps", default=3, help="batches a turn")
-    parser.add_argument("--train", default=True, action=argparse.BooleanOptionalAction)
-    add = functools.partial(parser.add_argument, metavar="LIST")
-    add("--precisions", type=choices(PRECISIONS), default=list(PRECISIONS))
-    add("--backends", type=choices(KERAS_BACKENDS), default=["tensorflow"])
-    parser.add_argument("--output", type=Path, metavar="CSV", help="table as CSV")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--batch-size", type=int, default=16, metavar="IMAGES")
+    add("--rounds", type=int, default=5, help="turns of each, after a warm-up round")
+    add("--steps", type=int, default=3, help="batches a turn")
+    add("--train", default=True, action=argparse.BooleanOptionalAction)
+    add("--precisions", default=",".join(PRECISIONS), metavar="LIST")
+    add("--backends", default="tensorflow", metavar="LIST", help="of keras_vit")
+    add("--output", type=Path, metavar="CSV", help="file for the table")
+    add("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(options.batch_size, options.rounds, options.steps) < 1:
+        parser.error("batch size, rounds and steps must be at least 1.")
+    for name, allowed in (("precisions", PRECISIONS), ("backends", KERAS_BACKENDS)):
+        names = getattr(options, name).split(",")
+        if not set(names) <= set(allowed):
+            parser.error(f"{name} must be of {','.join(allowed)}, got {names}.")
+        setattr(options, name, names)
     options.tasks = TASKS if options.train else TASKS[:1]
     if options.worker:
         work(options.worker, options.batch_size)
