@@ -168,8 +168,14 @@ def _logits_on_cpu(model, images):
         [keras.ops.convert_to_numpy(v) for v in variables]
         for variables in (model.trainable_variables, model.non_trainable_variables)
     ]
-    with keras.device("cpu:0"):
-        logits, _ = model.stateless_call(*weights, images, training=False)
+    flash = keras.config.is_flash_attention_enabled()
+    keras.config.disable_flash_attention()  # JAX would take the GPU's for the CPU too
+    try:
+        with keras.device("cpu:0"):
+            logits, _ = model.stateless_call(*weights, images, training=False)
+    finally:
+        if flash is not False:
+            keras.config.enable_flash_attention()
     return keras.ops.convert_to_numpy(logits)
 
 

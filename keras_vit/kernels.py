@@ -38,9 +38,10 @@ def attention(query, key, value, dropout=None):
 
         softmax(q k^T / sqrt(d)) v
 
-    JAX and PyTorch use their fused kernel. TensorFlow has none, and plain products
-    are faster there than `keras.ops.dot_product_attention`; so are they needed
-    wherever the attention weights are dropped out.
+    PyTorch, and JAX on an accelerator, use their fused kernel; which one follows
+    `keras.config.is_flash_attention_enabled`. TensorFlow has none, and plain products
+    are faster there than `keras.ops.dot_product_attention`. JAX's own for a CPU is no
+    faster and cannot be compiled in float16. Dropout of the weights needs them plain.
 
     Args:
         query: `(B, H, N, d)`.
@@ -52,17 +53,28 @@ def attention(query, key, value, dropout=None):
         `(B, H, N, d)`.
     """
     scale = query.shape[-1] ** -0.5
-    if dropout is None and keras.backend.backend() in ("jax", "torch"):
+    if dropout is None and _has_fused_attention():
+        flash = keras.config.is_flash_attention_enabled() and None  # False or automatic
         query, key, value = (
             ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
         )
-        x = ops.dot_product_attention(query, key, value, scale=scale)
+        x = ops.dot_product_attention(
+            query, key, value, scale=scale, flash_attention=flash
+        )
         return ops.transpose(x, (0, 2, 1, 3))
     logits = ops.matmul(query * scale, ops.transpose(key, (0, 1, 3, 2)))
     weights = ops.softmax(ops.cast(logits, "float32"))  # (B, H, N, M)
     if dropout is not None:
         weights = dropout(weights)
     return ops.matmul(ops.cast(weights, value.dtype), value)
+
+
+def _has_fused_attention():
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    return keras.backend.backend() == "torch"
 
 
 def half_precision():

@@ -180,6 +180,7 @@ def test_mixed_precision_has_float32_logits_and_a_scaled_loss(policy, dropout):
     assert "mixed_" + model.get_layer("block0").compute_dtype == policy
     logits = model(draw(2, 32, 32, 3), training=bool(dropout))
     assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+    assert model.predict(draw(2, 32, 32, 3), verbose=0).dtype == "float32"  # compiled
     scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (policy == "mixed_float16")
 
