@@ -9,6 +9,8 @@ with keras_vit's model. Each has its own process, as Keras has one backend a pro
 They take turns, one alone computing at any time, so that whatever else slows the
 machine slows them all. A ratio is the median over the rounds of the speed relative to
 KerasHub's, in the same precision and round; ratios differ between kinds of processor.
+Work beside it slows threads that wait for one another, as PyTorch's do, far more than
+others: on a busy machine give all of them one core, `taskset --cpu-list 0 python ...`.
 
 Inference is `predict_on_batch`, training is `train_on_batch` with AdamW; the batch is
 on the device already, and every batch is waited for. bfloat16 is the Keras policy
@@ -78,9 +80,6 @@ def contestants(backends: Sequence[str]) -> list[Contestant]:
         Contestant("timm", "torch", ("timm", "torchvision", "torch")),
         Contestant(OPENVINO, "openvino", ("openvino", "tensorflow"), trains=False),
     ]
-
-
-# The worker process
 
 
 def batch(batch_size: int) -> tuple[Any, Any]:
@@ -229,9 +228,6 @@ def work(name: str, batch_size: int) -> None:
         answers.write(json.dumps(answer) + "\n")
 
 
-# The parent process
-
-
 class Worker:
     """The process of a contestant, kept alive between the rounds."""
 
@@ -328,7 +324,8 @@ def print_machine() -> None:
     model = re.search(r"Model name:\s*(.*)", lscpu)
     flags = re.findall(r"\b(?:amx|avx512)_bf16\b", lscpu)
     print(f"Processor: {model[1] if model else platform.machine()},", end=" ")
-    print(f"{os.cpu_count()} cores,", " ".join(flags) or "no bfloat16 known")
+    count = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    print(f"{len(count(0))} cores,", " ".join(flags) or "no bfloat16 known")
     print(*re.findall(r"^GPU \d+: .*", gpus, re.MULTILINE) or ["No NVIDIA GPU"])
     found = [f"Python {platform.python_version()}"]
     for name in DISTRIBUTIONS.split():
@@ -341,6 +338,7 @@ def print_machine() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Start the workers, measure, print the table and write it to a file."""
+    load = subprocess.getoutput("uptime").rpartition("load average")[-1]
     everybody = contestants(options.backends)
     rows = [contestant for contestant in everybody if not contestant.missing]
     with contextlib.ExitStack() as stack:
@@ -360,6 +358,7 @@ def compare(options: argparse.Namespace) -> None:
             print(f"{contestant}: not installed: {', '.join(contestant.missing)}")
     for worker in workers:
         print(f"{worker.contestant}: {worker.failure or worker.device}")
+    print(f"Load average before the run{load}")
     print_machine()
     if options.output:
         with options.output.open("w", newline="") as file:
