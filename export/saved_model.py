@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import keras
-import numpy as np
 from tqdm.auto import tqdm
 
 import keras_vit
-from export.verify import Report, verify
+from export.verify import Report, reference_images, verify
 from keras_vit.embedding import Preprocess
 
 STAGES = ("save", "rebuild", "trace", "write", "verify", "publish")
@@ -122,11 +121,6 @@ def read_model(path: str | Path) -> keras.Model:
     except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
-
-
-def reference_images(seed: int, shape: Sequence[int]) -> np.ndarray:
-    """The images that parity is measured on: uint8 noise of a seed."""
-    return np.random.default_rng(seed).integers(0, 256, shape, "uint8")
 
 
 def _labels(model, labels):

@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +160,7 @@ def _check_weights(directory: Path, manifest: dict) -> Check:
 
 def _check_parity(runtime: Runtime, manifest: dict) -> Iterator[Check]:
     reference = manifest["reference"]
-    rng = np.random.default_rng(reference["seed"])
-    images = rng.integers(0, 256, reference["shape"], "uint8").astype("float32")
+    images = reference_images(reference["seed"], reference["shape"]).astype("float32")
     expected = np.asarray(reference["logits"])
     bound = manifest["tolerance"] * max(1.0, np.abs(expected).max())
     name = f"logits of {manifest['trained_with']}"
@@ -178,6 +177,11 @@ def _check_parity(runtime: Runtime, manifest: dict) -> Iterator[Check]:
         expected,
         lambda: runtime.run("image_bytes", image_bytes=data)["probabilities"],
     )
+
+
+def reference_images(seed: int, shape: Sequence[int]) -> np.ndarray:
+    """The images that parity is measured on: uint8 noise of a seed."""
+    return np.random.default_rng(seed).integers(0, 256, shape, "uint8")
 
 
 def _compare(name, bound, expected, run) -> Check:

@@ -17,8 +17,8 @@ import numpy as np
 import tensorflow as tf
 
 import keras_vit
-from export.saved_model import reference_images
 from export.signatures import Servable, signatures
+from export.verify import reference_images
 from keras_vit.embedding import Preprocess
 from training.preprocess import decode, resize
 
