@@ -1,25 +1,45 @@
 """Vision transformers in Keras 3, for TensorFlow, JAX and PyTorch."""
 
-from keras_vit.attention import SelfAttention
-from keras_vit.embedding import PatchEmbedding, PixelNormalization, PrefixTokens
+from keras_vit.attention import SelfAttention, SpatialReductionAttention
+from keras_vit.cpvt import CPVT
+from keras_vit.embedding import (
+    FeatureMap,
+    PatchEmbedding,
+    PixelNormalization,
+    PrefixTokens,
+)
 from keras_vit.head import AttentionPool, MeanPool, TokenPool
-from keras_vit.position import LearnedPosition
-from keras_vit.transformer import MLP, LayerScale, TransformerBlock
+from keras_vit.pcpvt import PCPVT
+from keras_vit.position import PEG, LearnedPosition, SinCosPosition
+from keras_vit.relative import RelativePositionBias, RotaryPosition
+from keras_vit.segmentation import SemanticFPN, feature_pyramid
+from keras_vit.transformer import MLP, LayerScale, PyramidBlock, TransformerBlock
 from keras_vit.vit import ViT
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPVT",
     "MLP",
+    "PCPVT",
+    "PEG",
     "AttentionPool",
+    "FeatureMap",
     "LayerScale",
     "LearnedPosition",
     "MeanPool",
     "PatchEmbedding",
     "PixelNormalization",
     "PrefixTokens",
+    "PyramidBlock",
+    "RelativePositionBias",
+    "RotaryPosition",
     "SelfAttention",
+    "SemanticFPN",
+    "SinCosPosition",
+    "SpatialReductionAttention",
     "TokenPool",
     "TransformerBlock",
     "ViT",
+    "feature_pyramid",
 ]

@@ -169,15 +169,15 @@ class PatchEmbedding(layers.Layer):
                 f"got {height} x {width}."
             )
         self.pads = len(sides) < 2
-        fan_in = self.patch_size**2 * channels
+        fans = self.patch_size**2 * channels, self.patch_size**2 * self.embed_dim
         self.project = layers.Dense(
             self.embed_dim,
-            kernel_initializer=initializer(self.initialization, "patch_kernel", fan_in),
-            bias_initializer=initializer(self.initialization, "patch_bias", fan_in),
+            kernel_initializer=initializer(self.initialization, "patch_kernel", *fans),
+            bias_initializer=initializer(self.initialization, "patch_bias", *fans),
             dtype=self.dtype_policy,
             name="project",
         )
-        self.project.build((None, fan_in))
+        self.project.build((None, fans[0]))
 
     def compute_output_shape(self, images_shape):
         batch, height, width, _ = images_shape
@@ -268,3 +268,30 @@ class PrefixTokens(layers.Layer):
             for weight in self.prefix
         ]
         return ops.concatenate([*prefix, tokens], axis=1)  # (B, R + N, D)
+
+
+@serializable
+class FeatureMap(layers.Layer):
+    """Lay the patch tokens out as the grid again; prefix tokens are left out.
+
+    Args:
+        num_prefix: R, number of tokens before the patches.
+
+    Call arguments:
+        tokens: `(B, R + N, D)`.
+        grid: `(B, h, w, _)`; only its shape is used.
+
+    Returns:
+        `(B, h, w, D)`.
+    """
+
+    def __init__(self, num_prefix=0, **kwargs):
+        super().__init__(**kwargs)
+        self.num_prefix = num_prefix
+
+    def compute_output_shape(self, tokens_shape, grid_shape):
+        return (*grid_shape[:3], tokens_shape[-1])
+
+    def call(self, tokens, grid):
+        shape = (*ops.shape(grid)[:3], tokens.shape[-1])
+        return ops.reshape(tokens[:, self.num_prefix :], shape)

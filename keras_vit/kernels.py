@@ -33,10 +33,10 @@ def dense(layer, tokens):
     return ops.reshape(layer(flat), (batch, length, layer.units))
 
 
-def attention(query, key, value, dropout=None):
+def attention(query, key, value, dropout=None, bias=None):
     """Scaled dot-product attention; the softmax is float32 under every policy.
 
-        softmax(q k^T / sqrt(d)) v
+        softmax(q k^T / sqrt(d) + bias) v
 
     PyTorch, and JAX on an accelerator, use their fused kernel; which one follows
     `keras.config.is_flash_attention_enabled`. TensorFlow has none, and plain products
@@ -48,6 +48,7 @@ def attention(query, key, value, dropout=None):
         key: `(B, H, M, d)`.
         value: `(B, H, M, d)`.
         dropout: Function of the attention weights `(B, H, N, M)`, or None.
+        bias: `(1, H, N, M)`, or None.
 
     Returns:
         `(B, H, N, d)`.
@@ -59,11 +60,14 @@ def attention(query, key, value, dropout=None):
             ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
         )
         x = ops.dot_product_attention(
-            query, key, value, scale=scale, flash_attention=flash
+            query, key, value, bias, scale=scale, flash_attention=flash
         )
         return ops.transpose(x, (0, 2, 1, 3))
     logits = ops.matmul(query * scale, ops.transpose(key, (0, 1, 3, 2)))
-    weights = ops.softmax(ops.cast(logits, "float32"))  # (B, H, N, M)
+    logits = ops.cast(logits, "float32")
+    if bias is not None:
+        logits = logits + ops.cast(bias, "float32")
+    weights = ops.softmax(logits)  # (B, H, N, M)
     if dropout is not None:
         weights = dropout(weights)
     return ops.matmul(ops.cast(weights, value.dtype), value)
@@ -75,6 +79,35 @@ def _has_fused_attention():
 
         return jax.default_backend() != "cpu"
     return keras.backend.backend() == "torch"
+
+
+def depthwise_convolution(grid, kernel):
+    """Convolve each channel with its own k x k kernel, k odd, zeros around the grid.
+
+    XLA's CPU code for such a convolution is tens of times slower than one product for
+    each place of the kernel, which it fuses; the others have a kernel for it.
+
+    Args:
+        grid: `(B, h, w, D)`.
+        kernel: `(k, k, D, 1)`.
+
+    Returns:
+        `(B, h, w, D)`.
+    """
+    kernel = ops.cast(kernel, grid.dtype)
+    if keras.backend.backend() != "jax":
+        return ops.depthwise_conv(
+            grid, kernel, padding="same", data_format="channels_last"
+        )
+    _, height, width, _ = grid.shape
+    size = kernel.shape[0]
+    margin = (size // 2, size // 2)
+    padded = ops.pad(grid, ((0, 0), margin, margin, (0, 0)))
+    return sum(
+        padded[:, i : i + height, j : j + width] * kernel[i, j, :, 0]
+        for i in range(size)
+        for j in range(size)
+    )
 
 
 def half_precision():

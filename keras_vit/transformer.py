@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that every model in this package stacks.
+"""The pre-norm transformer block that every model in this package stacks, and parts.
 
 Shapes in this file:
     B batch, N tokens, D embedding.
@@ -8,7 +8,7 @@ import keras
 from keras import layers, ops
 
 from keras_vit import kernels
-from keras_vit.attention import SelfAttention
+from keras_vit.attention import SelfAttention, SpatialReductionAttention
 from keras_vit.initialization import initializer
 
 serializable = keras.saving.register_keras_serializable("keras_vit")
@@ -137,15 +137,18 @@ class TransformerBlock(layers.Layer):
         drop_path: Probability in [0, 1] that a sample skips a branch.
         epsilon: Added to the variance by every LayerNorm.
         initialization: Key of `INITIALIZATIONS`.
+        position: `"relative"`, `"rotary"` or None, as in `SelfAttention`.
 
     Call arguments:
         tokens: `(B, N, D)`.
+        grid: `(B, h, w, _)`; only its shape is used, and only if there is a `position`.
 
     Returns:
         `(B, N, D)`.
 
     Raises:
-        ValueError: If `num_heads` does not divide D, or `gelu` is unknown.
+        ValueError: If `num_heads` does not divide D, or `gelu` or `position` is
+            unknown.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class TransformerBlock(layers.Layer):
         drop_path=0.0,
         epsilon=1e-6,
         initialization="jax",
+        position=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -168,16 +172,15 @@ class TransformerBlock(layers.Layer):
         self.norm1 = layers.LayerNormalization(
             epsilon=epsilon, dtype=policy, name="norm1"
         )
-        self.attention = SelfAttention(
-            num_heads,
+        self.attention = self._attention(
+            num_heads=num_heads,
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             dropout=dropout,
             attention_dropout=attention_dropout,
             epsilon=epsilon,
             initialization=initialization,
-            dtype=policy,
-            name="attention",
+            position=position,
         )
         self.norm2 = layers.LayerNormalization(
             epsilon=epsilon, dtype=policy, name="norm2"
@@ -194,18 +197,22 @@ class TransformerBlock(layers.Layer):
             drop_path, noise_shape=(None, 1, 1), dtype=policy
         )
 
-    def build(self, tokens_shape):
-        for layer in (self.norm1, self.attention, self.norm2, self.mlp):
+    def _attention(self, **kwargs):
+        return SelfAttention(**kwargs, dtype=self.dtype_policy, name="attention")
+
+    def build(self, tokens_shape, grid_shape=None):
+        self.attention.build(tokens_shape, grid_shape)
+        for layer in (self.norm1, self.norm2, self.mlp):
             layer.build(tokens_shape)
         if self.scale1 is not None:
             self.scale1.build(tokens_shape)
             self.scale2.build(tokens_shape)
 
-    def compute_output_shape(self, tokens_shape):
+    def compute_output_shape(self, tokens_shape, grid_shape=None):
         return tokens_shape
 
-    def call(self, tokens, training=None):
-        x = self.attention(self.norm1(tokens), training=training)
+    def call(self, tokens, grid=None, training=None):
+        x = self.attention(self.norm1(tokens), grid, training=training)
         tokens = self._add(tokens, x, self.scale1, training)
         x = self.mlp(self.norm2(tokens), training=training)
         return self._add(tokens, x, self.scale2, training)
@@ -214,3 +221,79 @@ class TransformerBlock(layers.Layer):
         if scale is not None:
             branch = scale(branch)
         return tokens + self.drop_path(branch, training=training)
+
+
+@serializable
+class PyramidBlock(TransformerBlock):
+    """The same block with spatial-reduction attention, for grids of many tokens.
+
+    Source: Wang et al. 2021, "Pyramid Vision Transformer", section 3.3,
+    https://arxiv.org/abs/2102.12122.
+
+    Args:
+        num_heads: Number of attention heads; must divide D.
+        sr_ratio: How many times smaller a side the grid of keys and values is.
+        mlp_ratio: Hidden width of the MLP, as a multiple of D.
+        qkv_bias: Whether queries, keys and values have a bias.
+        gelu: `"exact"` or `"tanh"`.
+        dropout: Rate in [0, 1) on both branches and inside the MLP.
+        attention_dropout: Rate in [0, 1) on the attention weights.
+        drop_path: Probability in [0, 1] that a sample skips a branch.
+        epsilon: Added to the variance by the two LayerNorms of the block.
+        reduction_epsilon: Added to the variance by that of the reduced grid.
+        initialization: Key of `INITIALIZATIONS`.
+
+    Call arguments:
+        tokens: `(B, h * w, D)`.
+        grid: `(B, h, w, _)`; only its shape is used.
+
+    Returns:
+        `(B, h * w, D)`.
+
+    Raises:
+        ValueError: If `num_heads` does not divide D, `gelu` is unknown, or `sr_ratio`
+            does not divide a static grid.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        sr_ratio=1,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        gelu="exact",
+        dropout=0.0,
+        attention_dropout=0.0,
+        drop_path=0.0,
+        epsilon=1e-6,
+        reduction_epsilon=1e-5,
+        initialization="twins",
+        **kwargs,
+    ):
+        self.sr_ratio = sr_ratio
+        self.reduction_epsilon = reduction_epsilon
+        super().__init__(
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            gelu=gelu,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            drop_path=drop_path,
+            epsilon=epsilon,
+            initialization=initialization,
+            **kwargs,
+        )
+
+    def _attention(self, num_heads, qkv_bias, dropout, initialization, **kwargs):
+        return SpatialReductionAttention(
+            num_heads,
+            self.sr_ratio,
+            qkv_bias,
+            dropout,
+            kwargs["attention_dropout"],
+            self.reduction_epsilon,
+            initialization,
+            dtype=self.dtype_policy,
+            name="attention",
+        )

@@ -9,34 +9,35 @@ https://arxiv.org/abs/2204.07118.
 import dataclasses
 
 import keras
-from keras import layers
 
-from keras_vit.embedding import PatchEmbedding, PixelNormalization, PrefixTokens
-from keras_vit.encoder import Encoder, blocks, choose, norm, size_pair
-from keras_vit.head import AttentionPool, MeanPool, TokenPool
-from keras_vit.initialization import initializer
-from keras_vit.position import LearnedPosition
+from keras_vit import encoder
+from keras_vit.embedding import PatchEmbedding
+from keras_vit.position import LearnedPosition, SinCosPosition
+
+POSITIONS = (
+    "learned",
+    "sincos_1d",
+    "sincos_2d",
+    "relative",
+    "rotary",
+    "learned_peg",
+    "none",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant(Encoder):
+class Variant(encoder.Encoder):
     """A row of `VARIANTS`: the fields of `Encoder`, and
 
     Args:
-        distillation_token: Whether there is a distillation token with its own head.
-        class_position: Whether class and distillation token have a position.
+        class_position: Whether class and distillation token have a learned position.
         norm_after_pool: Whether `pool="mean"` normalises after the mean, not before.
-        normalization: Pixel normalisation: `"inception"`, `"imagenet"` or None.
-        crop_ratio: Record for who feeds the model, as in `PixelNormalization`.
-        interpolation: Likewise.
+        resampling: How a learned table is resampled, as in `LearnedPosition`.
     """
 
-    distillation_token: bool = False
     class_position: bool = True
     norm_after_pool: bool = False
-    normalization: str | None = "inception"
-    crop_ratio: float | None = None
-    interpolation: str = "bilinear"
+    resampling: str = "bicubic_antialias"
 
 
 def _vit(embed_dim, depth, num_heads, mlp_dim):
@@ -104,6 +105,7 @@ def ViT(
     num_classes=1000,
     pool="class",
     num_registers=0,
+    position="learned",
     position_grid=None,
     drop_path_rate=0.0,
     dropout=0.0,
@@ -125,8 +127,12 @@ def ViT(
         pool: `"class"` (class token), `"mean"` (of the patch tokens; no class token) or
             `"attention"` (a learned probe; no class token).
         num_registers: Number of register tokens; they have no position.
-        position_grid: `(h, w)` of the position table; None for the grid of
-            `image_size`, or of 224 pixels where that is None.
+        position: `"learned"` (the paper's table), `"sincos_1d"` or `"sincos_2d"`
+            (`SinCosPosition`), `"relative"` (`RelativePositionBias`), `"rotary"`
+            (`RotaryPosition`), `"learned_peg"` (the table, and `PEG` after the first
+            block) or `"none"`.
+        position_grid: `(h, w)` of a learned table; None for the grid of `image_size`,
+            or of 224 pixels where that is None.
         drop_path_rate: Drop path of the last block; it grows linearly from 0, or is the
             same in every block (DeiT III).
         dropout: Rate after the position and in every block.
@@ -141,95 +147,42 @@ def ViT(
         distillation token the logits are the mean of the nodes `head` and `head_dist`.
 
     Raises:
-        ValueError: If the variant, the pooling or an override is unknown, sizes do not
-            divide, or a distillation token meets another pooling than `"class"`.
+        ValueError: If the variant, the pooling, the position or an override is unknown,
+            sizes do not divide, a distillation token meets another pooling than
+            `"class"`, or the width does not fit the position.
     """
-    row = choose(VARIANTS, variant, overrides)
-    height, width = size_pair(image_size)
-    if pool not in ("class", "mean", "attention"):
-        raise ValueError(f"pool must be 'class', 'mean' or 'attention', got {pool!r}.")
-    if row.distillation_token and pool != "class":
-        raise ValueError(f"A distillation token needs pool='class', got {pool!r}.")
-    num_tokens = (1 + row.distillation_token) if pool == "class" else 0
-    num_prefix = num_tokens + num_registers
-    if position_grid is None and None in (height, width):
-        position_grid = [(side or 224) // patch_size for side in (height, width)]
-
-    images = keras.Input((height, width, 3), name="images")
-    x = PixelNormalization(
-        row.normalization,
-        [side or 224 for side in (height, width)],
-        row.crop_ratio,
-        row.interpolation,
-        dtype="float32",  # bfloat16 would round the pixels
-        name="normalize",
-    )(images)
+    row = encoder.choose(VARIANTS, variant, overrides)
+    if position not in POSITIONS:
+        raise ValueError(encoder.unknown("position", position, POSITIONS))
+    images, x = encoder.normalized_images(row, image_size)
     grid = PatchEmbedding(
         row.embed_dim, patch_size, row.initialization, name="patches"
     )(x)
-    x = PrefixTokens(
-        pool == "class",
-        row.distillation_token,
-        num_registers,
-        row.initialization,
-        name="tokens",
-    )(grid)
-    x = LearnedPosition(
-        num_prefix,
-        num_tokens if row.class_position else 0,
-        position_grid,
-        row.initialization,
-        name="position",
-    )(x, grid)
-    if dropout:
-        x = layers.Dropout(dropout, noise_shape=(None,) * 3, name="dropout")(x)
-    x = blocks(
-        x,
+    x, num_tokens, num_prefix = encoder.prefix_tokens(grid, row, pool, num_registers)
+    if position in ("learned", "learned_peg"):
+        if position_grid is None and None in images.shape[1:3]:
+            position_grid = [(side or 224) // patch_size for side in images.shape[1:3]]
+        x = LearnedPosition(
+            num_prefix,
+            num_tokens if row.class_position else 0,
+            position_grid,
+            row.initialization,
+            row.resampling,
+            name="position",
+        )(x, grid)
+    elif position in ("sincos_1d", "sincos_2d"):
+        dimensions = 1 if position == "sincos_1d" else 2
+        x = SinCosPosition(num_prefix, dimensions, name="position")(x, grid)
+    peg = {"num_prefix": num_prefix, "initialization": row.initialization}
+    x = encoder.blocks(
+        encoder.dropout_layer(x, dropout),
+        grid,
         row,
         drop_path_rate=drop_path_rate,
         dropout=dropout,
         attention_dropout=attention_dropout,
+        position=position if position in ("relative", "rotary") else None,
+        pegs={0: peg} if position == "learned_peg" else None,
     )
-    x = _head(x, row, pool, num_prefix, num_classes)
+    x = encoder.classify(x, row, pool, num_prefix, num_classes, row.norm_after_pool)
     return keras.Model(images, x, name=name or f"vit_{variant}{patch_size}")
-
-
-def _head(tokens, row, pool, num_prefix, num_classes):
-    """Final LayerNorm, pooling and classifier: `(B, num_classes)` or `(B, D)`."""
-    norm_after_pool = pool == "mean" and row.norm_after_pool
-    x = tokens if norm_after_pool else norm(row)(tokens)
-    if pool == "class":
-        pooled = [TokenPool(0, name="pool")(x)]
-    elif pool == "mean":
-        pooled = [MeanPool(num_prefix, name="pool")(x)]
-    else:
-        pooled = [
-            AttentionPool(
-                row.num_heads,
-                num_prefix,
-                row.mlp_ratio,
-                row.gelu,
-                row.epsilon,
-                row.initialization,
-                name="pool",
-            )(x)
-        ]
-    if norm_after_pool:
-        pooled = [norm(row)(pooled[0])]
-    if row.distillation_token:
-        pooled.append(TokenPool(1, name="pool_dist")(x))
-    if num_classes:
-        names = ("head", "head_dist")
-        pooled = [
-            layers.Dense(
-                num_classes,
-                kernel_initializer=initializer(row.initialization, "head_kernel"),
-                dtype="float32",
-                name=name,
-            )(x)
-            for name, x in zip(names, pooled, strict=False)
-        ]
-    if len(pooled) == 1:
-        return pooled[0]
-    name = "logits" if num_classes else "features"
-    return layers.Average(dtype="float32" if num_classes else None, name=name)(pooled)

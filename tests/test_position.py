@@ -7,7 +7,7 @@ import reference
 from conftest import to_numpy
 
 from keras_vit import LearnedPosition, ViT
-from keras_vit.position import resample, resize_matrix
+from keras_vit.resampling import resample, resize_matrix
 
 GOLDEN = Path(__file__).parent / "golden" / "position_resampling.npz"
 

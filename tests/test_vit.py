@@ -255,7 +255,7 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
         ViT("small", embed_dims=320)
     with pytest.raises(ValueError, match=r"got 'smal'. Did you mean 'small'"):
         ViT("smal")
-    with pytest.raises(ValueError, match="pool must be 'class'"):
+    with pytest.raises(ValueError, match="pool must be one of 'class'"):
         ViT("tiny", pool="gap")
     with pytest.raises(ValueError, match="distillation token needs pool='class'"):
         ViT("deit_tiny_distilled", pool="mean")
