@@ -96,7 +96,7 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
     "arguments, sentence",
     [
         ("train digit", "got 'digit'. Did you mean 'digits'?"),
-        ("train digits --data digts", "must be 'digits', 'tfds:NAME' or"),
+        ("train digits --data digts", "must be 'digits', 'digit_scenes:SIZE', 'tfds"),
         ("train digits --data folder:nowhere", "There is no folder nowhere."),
         (
             "train digits --data folder:{empty}",

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -6,6 +9,8 @@ from PIL import Image
 from keras_vit.embedding import Preprocess
 from training import Dataset, load_data, training_batches, validation_batches
 from training.augment import random_affine
+from training.digits import read_digits
+from training.scenes import THRESHOLD
 
 PREPROCESS = Preprocess((16, 16), None, "bilinear")
 
@@ -27,6 +32,15 @@ def order(batches):
         for images, _ in batches.as_numpy_iterator()
         for image in images
     ]
+
+
+@functools.cache
+def few_scenes(train=48, validation=12, size=64):
+    """The first scenes of `digit_scenes`."""
+    data = load_data(f"digit_scenes:{size}")
+    sizes = {"train": train, "validation": validation}
+    streams = {part: data.stream(part).take(count) for part, count in sizes.items()}
+    return dataclasses.replace(data, sizes=sizes, stream=streams.__getitem__)
 
 
 @pytest.fixture
@@ -52,6 +66,18 @@ def test_digits_are_the_real_images_of_scikit_learn():
         for image, label in zip(digits.images, digits.target, strict=True)
     }
     assert len(found) == 360 and set(found) <= every
+
+
+def test_digits_are_split_as_read_digits_says():
+    """Scenes take their digits from there."""
+    data = load_data("digits")
+    for part, split in (("train", "train"), ("validation", "test")):
+        images, labels = read_digits()[split]
+        pairs = list(data.stream(part).as_numpy_iterator())
+        assert [label for _, label in pairs] == labels.tolist()
+        found = [data.read(tf.constant(handle)).numpy() for handle, _ in pairs]
+        found = [tf.io.decode_png(x, channels=1)[..., 0] for x in found]
+        np.testing.assert_array_equal(np.stack(found), images)
 
 
 def test_a_tensorflow_dataset_is_read_by_name(tmp_path, monkeypatch):
@@ -104,8 +130,6 @@ def test_the_order_depends_on_seed_and_epoch_alone(folder):
 
 
 def test_windows_smaller_than_the_data_still_show_every_image(folder):
-    import dataclasses
-
     data = dataclasses.replace(load_data(f"folder:{folder}"), shuffle_buffer=8)
     shown = order(training_batches(data, PREPROCESS, 45, epochs=1))
     assert len(set(shown)) == 45 and shown != sorted(shown)
@@ -130,25 +154,10 @@ def test_augmentation_is_part_of_what_a_resumed_run_repeats(folder):
     assert np.abs(whole - whole[:, :1, :1]).max() > 10  # borders of 0 came in
 
 
-def test_random_affine_with_zero_amounts_is_the_identity():
-    x = tf.random.stateless_uniform((3, 7, 9, 3), (1, 2), 0, 255)
-    y = random_affine(x, tf.constant([0, 1], tf.int64))
-    np.testing.assert_allclose(y, x, atol=1e-3)
-
-
-def test_random_affine_moves_by_what_it_was_told():
-    """A single bright pixel in the middle never leaves the allowed square."""
-    x = np.zeros((200, 21, 21, 1), "float32")
-    x[:, 10, 10] = 1
-    y = random_affine(tf.constant(x), tf.constant([3, 4], tf.int64), shift=0.1).numpy()
-    rows, columns = np.nonzero(y.sum((0, 3)))
-    assert rows.min() >= 7 and rows.max() <= 13 and columns.max() <= 13
-    assert np.ptp(rows) >= 4 and np.ptp(columns) >= 4
-
-
 def test_wrong_names_and_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="'digits', 'tfds:NAME' or 'folder:PATH'"):
-        load_data("cifar10")
+    for name in ("cifar10", "digit_scenes:", "digit_scenes:large", "digits:64"):
+        with pytest.raises(ValueError, match="'tfds:NAME' or 'folder:PATH', got"):
+            load_data(name)
     with pytest.raises(ValueError, match=r"no dataset 'mnst'.* mean 'mnist'"):
         load_data("tfds:mnst")
     with pytest.raises(FileNotFoundError, match="There is no folder"):
@@ -168,3 +177,48 @@ def test_too_large_a_batch_is_refused(folder):
     data = load_data(f"folder:{folder}")
     with pytest.raises(ValueError, match=r"at most the 45 training images .* got 46"):
         training_batches(data, PREPROCESS, 46, epochs=1)
+
+
+SCENES = Preprocess((64, 64), None, "bilinear")
+
+
+def test_masks_arrive_with_their_images():
+    data = few_scenes()
+    for batches in (
+        training_batches(data, SCENES, 12, epochs=1),
+        validation_batches(data, SCENES, 12),
+    ):
+        for images, masks in batches:
+            assert images.shape == (12, 64, 64, 3) and images.dtype == tf.float32
+            assert masks.shape == (12, 64, 64) and masks.dtype == tf.uint8
+            bright = images.numpy()[..., 0] >= THRESHOLD
+            np.testing.assert_array_equal(bright, masks.numpy() > 0)
+
+
+def test_masks_are_augmented_with_their_images():
+    augment = functools.partial(random_affine, shift=0.3)
+    batches = training_batches(few_scenes(), SCENES, 12, epochs=1, augment=augment)
+    for images, masks in batches:
+        images, masks = images.numpy()[..., 0], masks.numpy()
+        outside = masks == 255
+        assert outside.any(axis=(1, 2)).all() and images[outside].mean() < 1
+        wrong = (images >= THRESHOLD) != (masks > 0)
+        # A pixel of bilinear and nearest differ at the edge of a digit alone.
+        assert wrong[~outside].mean() < 0.03
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of three channels", "smaller"])
+def test_a_damaged_mask_is_named(damage):
+    images, masks = zip(*few_scenes().stream("train").as_numpy_iterator(), strict=True)
+    masks = list(masks)
+    if damage == "truncated":
+        masks[7] = masks[7][:100]
+    else:
+        shape = (64, 64, 3) if damage == "of three channels" else (63, 64, 1)
+        masks[7] = tf.io.encode_png(np.zeros(shape, "uint8")).numpy()
+    stream = tf.data.Dataset.from_tensor_slices((list(images), masks))
+    streams = {"train": stream, "validation": stream.take(0)}
+    data = dataclasses.replace(few_scenes(), stream=streams.__getitem__)
+    sentence = "image 7 of train must be .* with a PNG mask of one channel and its size"
+    with pytest.raises(ValueError, match=sentence), data.naming_damaged_files():
+        list(training_batches(data, SCENES, 12, epochs=1))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from keras_vit import ViT
 from keras_vit.embedding import Preprocess
-from training.preprocess import decode, resize
+from training.preprocess import decode, decode_mask, resize, resize_mask
 
 
 def photo(height, width, mode="RGB"):
@@ -77,6 +77,37 @@ def test_pixels_are_those_of_pillow_within_one_grey_level(
     expected = np.asarray(expected, "float32")  # rounded, after each of the two axes
     assert np.abs(np.round(pixels) - expected).max() <= 1
     assert np.abs(pixels - expected).mean() < 0.4
+
+
+@pytest.mark.parametrize("crop_ratio", [None, 0.6, 0.875, 1.0])
+@pytest.mark.parametrize("shape", [(80, 120), (130, 70), (48, 48), (31, 53)])
+def test_a_mask_stays_where_its_image_is(crop_ratio, shape):
+    """Blobs of four classes, each with its own brightness, in image and mask."""
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]]
+    mask = ((y // 11) * 2 + x // 9) % 4
+    image = np.repeat((mask * 80)[..., None], 3, -1).astype("uint8")
+    preprocess = Preprocess((48, 64), crop_ratio, "bilinear")
+    pixels = resize(tf.constant(image), preprocess).numpy()[..., 0]
+    labels = resize_mask(tf.constant(mask[..., None], tf.uint8), preprocess)
+    assert labels.shape == (48, 64) and labels.dtype == tf.uint8
+    labels = labels.numpy()
+    assert set(np.unique(labels)) <= {0, 1, 2, 3}
+    inner = np.ones_like(labels, bool)  # all four neighbours are of the same class
+    for axis in (0, 1):
+        for step in (-1, 1):
+            inner &= np.roll(labels, step, axis) == labels
+    assert inner.mean() > 0.25
+    assert (np.abs(pixels / 80 - labels) > 0.5)[inner].mean() < 0.01
+
+
+def test_masks_are_png_files_of_one_channel():
+    classes = np.arange(35, dtype="uint8").reshape(5, 7)
+    classes[0, 0] = 255
+    mask = decode_mask(encode(Image.fromarray(classes), "PNG"))
+    np.testing.assert_array_equal(mask[..., 0], classes)
+    for mode in ("RGB", "RGBA", "P"):  # a palette is colours too
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode_mask(encode(photo(8, 8, mode), "PNG"))
 
 
 def test_what_is_no_image_is_an_error():

@@ -12,6 +12,7 @@ _HOMES = {
     "Recipe": "training.recipe",
     "callbacks": "training.loop",
     "compile_model": "training.loop",
+    "evaluate": "training.evaluation",
     "fit": "training.loop",
     "load_data": "training.data",
     "resume": "training.loop",

@@ -1,4 +1,4 @@
-"""Augmentation of batches of images, in TensorFlow, from a seed and nothing else."""
+"""Augmentation of images, and of masks along with them, from a seed alone."""
 
 import math
 
@@ -11,7 +11,8 @@ def random_affine(
     rotation_degrees: float = 0.0,
     zoom: float = 0.0,
     shift: float = 0.0,
-) -> tf.Tensor:
+    masks: tf.Tensor | None = None,
+) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
     """Rotate, zoom and shift each image by its own random amount.
 
     Args:
@@ -20,9 +21,11 @@ def random_affine(
         rotation_degrees: Largest angle to either side.
         zoom: Largest change of the side length, as a fraction of it.
         shift: Largest shift along either axis, as a fraction of the side.
+        masks: Class of each pixel, uint8 `(B, H, W)`; None for none.
 
     Returns:
-        `(B, H, W, C)`, bilinear; what comes from outside the image is 0.
+        `(B, H, W, C)`, bilinear; what comes from outside the image is 0. With masks
+        also `(B, H, W)`, nearest; what comes from outside is 255.
     """
     batch = tf.shape(images)[0]
     height, width = images.shape[1:3]
@@ -36,11 +39,19 @@ def random_affine(
     down = y - sine * x - cosine * y + draw[3] * shift * height
     zero = tf.zeros_like(angle)
     rows = [cosine, -sine, right, sine, cosine, down, zero, zero]
-    return tf.raw_ops.ImageProjectiveTransformV3(
-        images=images,
-        transforms=tf.stack(rows, axis=-1),
-        output_shape=[height, width],
-        fill_value=0.0,
-        interpolation="BILINEAR",
-        fill_mode="CONSTANT",
-    )
+    transforms = tf.stack(rows, axis=-1)
+
+    def transformed(x, interpolation, outside):
+        return tf.raw_ops.ImageProjectiveTransformV3(
+            images=x,
+            transforms=transforms,
+            output_shape=[height, width],
+            fill_value=outside,
+            interpolation=interpolation,
+            fill_mode="CONSTANT",
+        )
+
+    images = transformed(images, "BILINEAR", 0.0)
+    if masks is None:
+        return images
+    return images, transformed(masks[..., None], "NEAREST", 255.0)[..., 0]

@@ -1,12 +1,15 @@
 """Datasets by name: embedded digits, tensorflow-datasets, folders of images.
 
     digits          scikit-learn's 1,797 images of 8 x 8 pixels; no download
+    digit_scenes    several of them on a canvas of 64 x 64 pixels, with a class for each
+                    pixel; digit_scenes:96 is the same on 96 x 96
     tfds:NAME       any image classification dataset of tensorflow-datasets
     folder:PATH     PATH/train/CLASS/*.jpg with PATH/validation/CLASS/*.jpg, or
                     PATH/CLASS/*.jpg, of which every tenth image is held out
 
-Every source is a stream of (handle, label), where a handle leads to the encoded file;
-decoding and resizing are those of `training.preprocess`.
+Every source is a stream of (handle, label), where a handle leads to the encoded file
+and a label is a class or an encoded mask; decoding and resizing are those of
+`training.preprocess`.
 """
 
 import contextlib
@@ -15,17 +18,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
 from keras_vit.embedding import Preprocess
-from training.preprocess import decode, resize
+from training.preprocess import decode, decode_mask, resize, resize_mask
 from training.recipe import unknown
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+NAMES = ("digits", "digit_scenes:SIZE", "tfds:NAME", "folder:PATH")
 SHUFFLE_BUFFER = 16_384  # encoded images, about 2 GB of ImageNet
 TFDS_SPLITS = ("validation", "test")  # the first that exists is held out
 
@@ -45,6 +48,11 @@ class Dataset:
         read: From a handle (scalar string) to the encoded file, in TensorFlow.
         shuffle_buffer: How many handles are shuffled at once, window after window.
         fingerprint: SHA-256 of what the images are.
+        masks: Whether a label is not a class but a mask: an encoded PNG file of one
+            channel and the size of the image, the class of each pixel; 255 where a
+            pixel does not count.
+        image_size: `(H, W)` of all images, the size for a model that takes any; None
+            leaves it to the model.
     """
 
     name: str
@@ -54,6 +62,8 @@ class Dataset:
     read: Callable[[tf.Tensor], tf.Tensor]
     shuffle_buffer: int
     fingerprint: str
+    masks: bool = False
+    image_size: tuple[int, int] | None = None
 
     @contextlib.contextmanager
     def naming_damaged_files(self) -> Iterator[None]:
@@ -69,19 +79,31 @@ class Dataset:
             if not damaged:
                 raise
             more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            mask = " with a PNG mask of one channel and its size" if self.masks else ""
             raise ValueError(
                 f"{', '.join(damaged[:5])}{more} must be a whole JPEG, PNG, GIF or BMP "
-                "file; it could not be decoded. Repair or remove it."
+                f"file{mask}; it could not be decoded. Repair or remove it."
             ) from error
 
     def _damaged(self, part):
         total = self.sizes[part]
         stream = self.stream(part).as_numpy_iterator()
-        for i, (handle, _) in enumerate(tqdm(stream, "check files", total)):
+        for i, (handle, label) in enumerate(tqdm(stream, "check files", total)):
             try:
-                decode(self.read(tf.constant(handle)))
+                self.decode(tf.constant(handle), tf.constant(label))
             except tf.errors.OpError:
                 yield self.name_of(handle, part, i)
+
+    def decode(
+        self, handle: tf.Tensor, label: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Image, uint8 `(h, w, 3)`, and class or mask, uint8 `(h, w, 1)`."""
+        image = decode(self.read(handle))
+        if not self.masks:
+            return image, label
+        mask = decode_mask(label)
+        tf.debugging.assert_equal(tf.shape(mask)[:2], tf.shape(image)[:2])
+        return image, mask
 
     def name_of(self, handle: bytes, part: str, index: int) -> str:
         """The file of a handle, or the place of an image that has no file."""
@@ -90,11 +112,11 @@ class Dataset:
 
 
 def load_data(name: str) -> Dataset:
-    """Load a dataset by name: `digits`, `tfds:NAME` or `folder:PATH`.
+    """Load a dataset by name: one of `NAMES`.
 
     Raises:
-        ValueError: If the name is none of these, the dataset has no images with
-            labels, or the folder no classes.
+        ValueError: If the name is none of these, a scene would be too small or large,
+            the dataset has no images with labels, or the folder no classes.
         FileNotFoundError: If the folder does not exist.
     """
     kind, _, rest = name.partition(":")
@@ -115,10 +137,15 @@ def load_data(name: str) -> Dataset:
                 f"tensorflow-datasets has no dataset {rest!r}.{hint}"
             ) from error
     if kind == "folder" and rest:
-        return _from_folder(name, Path(rest).expanduser())
-    raise ValueError(
-        f"data must be 'digits', 'tfds:NAME' or 'folder:PATH', got {name!r}."
-    )
+        from training.folder import load_folder
+
+        return load_folder(name, Path(rest).expanduser())
+    if name == "digit_scenes" or (kind == "digit_scenes" and rest.isdecimal()):
+        from training.scenes import load_scenes
+
+        return load_scenes(name, int(rest or 64))
+    known = ", ".join(repr(x) for x in NAMES[:-1])
+    raise ValueError(f"data must be {known} or {NAMES[-1]!r}, got {name!r}.")
 
 
 def training_batches(
@@ -129,7 +156,7 @@ def training_batches(
     epochs: int,
     first_epoch: int = 0,
     seed: int = 0,
-    augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
+    augment: Callable[..., Any] | None = None,
 ) -> tf.data.Dataset:
     """Batches of (images, labels) of the epochs from `first_epoch` on.
 
@@ -143,11 +170,13 @@ def training_batches(
         epochs: Number of the last epoch.
         first_epoch: Number of epochs that are done already.
         seed: Seed of order and augmentation.
-        augment: Function of a batch of images and a seed, int64 `(2,)`.
+        augment: Function of a batch of images and a seed, int64 `(2,)`; where the
+            labels are masks also of `masks=`, and it returns both.
 
     Returns:
-        Dataset of (float32 `(batch_size, H, W, 3)` of 0..255, int64 `(batch_size,)`),
-        `steps_per_epoch(data, batch_size)` batches an epoch.
+        Dataset of (float32 `(batch_size, H, W, 3)` of 0..255, int64 `(batch_size,)` or
+        masks, uint8 `(batch_size, H, W)`), `steps_per_epoch(data, batch_size)` batches
+        an epoch.
     """
     handles = data.stream("train")
     steps = steps_per_epoch(data, batch_size)
@@ -168,7 +197,10 @@ def training_batches(
 
         def augmented(step, batch):
             images, labels = batch
-            return augment(images, tf.stack([seed, step])), labels
+            key = tf.stack([seed, step])
+            if data.masks:
+                return augment(images, key, masks=labels)
+            return augment(images, key), labels
 
         batches = batches.enumerate(first_epoch * steps)
         batches = batches.map(augmented, tf.data.AUTOTUNE, deterministic=True)
@@ -200,12 +232,16 @@ def steps_per_epoch(data: Dataset, batch_size: int) -> int:
 
 def _load(stream, data, preprocess):
     def load(handle, label):
-        return resize(decode(data.read(handle)), preprocess), label
+        image, label = data.decode(handle, label)
+        if data.masks:
+            label = resize_mask(label, preprocess)
+        return resize(image, preprocess), label
 
     return stream.map(load, tf.data.AUTOTUNE, deterministic=True)
 
 
-def _fingerprint(value) -> str:
+def fingerprint(value) -> str:
+    """SHA-256 of a value that JSON can write."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -248,79 +284,5 @@ def _from_builder(name, builder):
         stream=stream,
         read=lambda handle: handle,
         shuffle_buffer=min(sizes["train"], SHUFFLE_BUFFER),
-        fingerprint=_fingerprint([builder.info.full_name, content]),
-    )
-
-
-def _images(folder: Path) -> dict[str, list[Path]]:
-    """Image files of each class, a sub-folder that contains some."""
-    classes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            files = sorted(path.rglob("*"))
-            files = [x for x in files if x.suffix.lower() in SUFFIXES]
-            if files:
-                classes[path.name] = files
-    return classes
-
-
-def _from_folder(name, folder):
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    held_out = [folder / x for x in ("validation", "val", "test")]
-    held_out = next((x for x in held_out if x.is_dir()), None)
-    if held_out is not None and (folder / "train").is_dir():
-        train, validation = _images(folder / "train"), _images(held_out)
-        extra = sorted(set(validation) - set(train))
-        if extra:
-            raise ValueError(
-                f"Every class of {held_out} must also be in {folder / 'train'}; "
-                f"missing there: {', '.join(extra)}."
-            )
-    else:
-        classes = _images(folder)
-        validation = {label: files[9::10] for label, files in classes.items()}
-        train = {
-            label: [x for i, x in enumerate(files) if i % 10 != 9]
-            for label, files in classes.items()
-        }
-    labels = tuple(sorted(train))
-    if len(labels) < 2:
-        raise ValueError(
-            f"{folder} must contain a sub-folder of images ({', '.join(SUFFIXES)}) for "
-            f"each of at least 2 classes, got {len(labels)}."
-        )
-    if not any(validation.values()):
-        raise ValueError(
-            f"{folder} must contain at least 10 images of some class, so that one in "
-            "ten can be held out; or make the folders 'train' and 'validation'."
-        )
-    parts = {"train": train, "validation": validation}
-    pairs = {
-        part: [
-            (str(file), labels.index(label))
-            for label, files in classes.items()
-            for file in files
-        ]
-        for part, classes in parts.items()
-    }
-
-    def stream(part):
-        files, targets = zip(*pairs[part], strict=True)
-        files, targets = list(files), np.asarray(targets, "int64")
-        return tf.data.Dataset.from_tensor_slices((files, targets))
-
-    content = [
-        [str(Path(file).relative_to(folder)), Path(file).stat().st_size]
-        for part in pairs.values()
-        for file, _ in part
-    ]
-    return Dataset(
-        name=name,
-        labels=labels,
-        sizes={part: len(files) for part, files in pairs.items()},
-        stream=stream,
-        read=tf.io.read_file,
-        shuffle_buffer=len(pairs["train"]),
-        fingerprint=_fingerprint(content),
+        fingerprint=fingerprint([builder.info.full_name, content]),
     )

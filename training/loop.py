@@ -4,7 +4,7 @@ A run directory holds
     run.json      recipe, data, labels, versions, device: all that a repetition needs
     history.csv   one row an epoch
     last.keras    the model after the last epoch
-    best.keras    the model of the best validation accuracy
+    best.keras    the model of the best validation accuracy, or mean IoU of pixels
     state.npz     every variable of model, optimizer and seed generators, for resuming
 """
 
@@ -27,11 +27,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from keras_vit import kernels
-from keras_vit.embedding import Preprocess
 from training.augment import random_affine
 from training.data import Dataset, steps_per_epoch, training_batches, validation_batches
 from training.optimize import optimizer
 from training.recipe import Recipe
+from training.task import check_fits, objective, preprocess_for
+
+SCORES = ("val_mean_iou", "val_accuracy", "mean_iou", "accuracy")  # the first decides
 
 
 def fit(
@@ -46,7 +48,8 @@ def fit(
     and restored on return.
 
     Args:
-        build_model: Returns the model, with one logit for each label of `data`.
+        build_model: Returns the model, with one logit for each label of `data`, in
+            each pixel where `data` has masks.
         data: What `load_data` returns.
         recipe: How to train.
         run_dir: Where the run is kept; a run that it holds already is continued.
@@ -63,12 +66,8 @@ def fit(
     with precision(recipe) as policy:
         keras.utils.set_random_seed(recipe.seed)
         model = build_model()
-        if model.output_shape[-1] != len(data.labels):
-            raise ValueError(
-                f"The model must have one logit for each of the {len(data.labels)} "
-                f"labels of {data.name!r}, got {model.output_shape[-1]}."
-            )
-        preprocess = Preprocess.of_model(model)
+        check_fits(model, data)
+        preprocess = preprocess_for(model, data)
         _describe_run(run_dir, recipe, data, preprocess, policy)
         compile_model(model, recipe, steps)
         first_epoch = resume(model, run_dir)
@@ -104,12 +103,12 @@ def _augmentation(recipe):
 
 
 def compile_model(model: keras.Model, recipe: Recipe, steps_per_epoch: int) -> None:
-    """Compile a model of logits by a recipe, for those who call `model.fit`."""
-    model.compile(
-        optimizer(model, recipe, steps_per_epoch),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-    )
+    """Compile a model of logits by a recipe, for those who call `model.fit`.
+
+    Loss and metrics are those of `training.task.objective`.
+    """
+    loss, metrics = objective(model)
+    model.compile(optimizer(model, recipe, steps_per_epoch), loss, metrics=metrics)
 
 
 def callbacks(
@@ -165,7 +164,8 @@ class Progress(keras.callbacks.Callback):
         self.bar.update(self.images_per_step)
 
     def on_epoch_end(self, epoch, logs=None):
-        keys = [key for key in ("loss", "val_loss", "val_accuracy") if key in logs]
+        score = next((key for key in SCORES if key in logs), None)
+        keys = [key for key in ("loss", "val_loss", score) if key in logs]
         self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in keys}, refresh=False)
 
     def on_train_end(self, logs=None):
@@ -197,7 +197,9 @@ class Checkpoint(keras.callbacks.Callback):
         row = {"epoch": epoch + 1, **{key: float(x) for key, x in logs.items()}}
         row["seconds"] = round(time.monotonic() - self.started, 3)
         self.history.append(row)
-        scores = [x.get("val_accuracy", x.get("accuracy", 0.0)) for x in self.history]
+        scores = [
+            next((x[key] for key in SCORES if key in x), 0.0) for x in self.history
+        ]
         self._save_model("last.keras")
         if scores[-1] >= max(scores):
             self._save_model("best.keras")

@@ -1,0 +1,112 @@
+"""What a model is trained for: one class an image, or one for each pixel.
+
+The rank of the model's output decides: logits `(B, C)` or `(B, H, W, C)`.
+"""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_vit.embedding import Preprocess
+from training.data import Dataset
+
+IGNORED = 255  # in a mask: this pixel does not count
+
+
+@keras.saving.register_keras_serializable("training")
+class PixelAccuracy(keras.metrics.SparseCategoricalAccuracy):
+    """Part of the pixels whose largest logit is that of their class.
+
+    Differs from Keras' metric in that a pixel of class 255 does not count.
+
+    Call arguments:
+        y_true: Classes `(B, H, W)`.
+        y_pred: Logits `(B, H, W, C)`.
+    """
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        counts = ops.cast(ops.not_equal(y_true, IGNORED), self.dtype)
+        if sample_weight is not None:
+            counts = counts * ops.cast(sample_weight, self.dtype)
+        return super().update_state(y_true, y_pred, counts)
+
+
+def is_segmentation(model: keras.Model) -> bool:
+    """Whether the model has logits for each pixel."""
+    return len(model.output_shape) == 4
+
+
+def objective(model: keras.Model) -> tuple[keras.Loss, list[keras.Metric]]:
+    """Cross-entropy and metrics for a model of logits.
+
+    A classifier is told its accuracy; a model with logits for each pixel the accuracy
+    over pixels and the mean over classes of intersection / union, classes that neither
+    truth nor prediction has left out. There pixels of class 255 count nowhere, and the
+    loss is the mean over all others of a batch.
+    """
+    if not is_segmentation(model):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        return loss, [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=IGNORED
+    )
+    mean_iou = keras.metrics.MeanIoU(
+        model.output_shape[-1],
+        ignore_class=IGNORED,
+        sparse_y_pred=False,
+        name="mean_iou",
+    )
+    return loss, [PixelAccuracy(name="accuracy"), mean_iou]
+
+
+def check_fits(model: keras.Model, data: Dataset) -> None:
+    """Refuse data that the model has no logits for.
+
+    Raises:
+        ValueError: If the data have masks and the model one answer an image, or the
+            other way round, or the number of classes differs.
+    """
+    if data.masks != is_segmentation(model):
+        wanted = "(B, H, W, C) for masks" if data.masks else "(B, C) for images"
+        raise ValueError(
+            f"The model must give logits {wanted} of {data.name!r}, "
+            f"got {model.output_shape}."
+        )
+    if model.output_shape[-1] != len(data.labels):
+        raise ValueError(
+            f"The model must have one logit for each of the {len(data.labels)} "
+            f"labels of {data.name!r}, got {model.output_shape[-1]}."
+        )
+
+
+def preprocess_for(
+    model: keras.Model, data: Dataset, image_size: tuple[int, int] | None = None
+) -> Preprocess:
+    """How the files of `data` become images for `model`.
+
+    Args:
+        model: It records its size, its crop and its interpolation.
+        data: What it will read.
+        image_size: `(H, W)`; None for the model's own, or where it takes any size for
+            that of the data, or what the model records where the data have none.
+
+    Raises:
+        ValueError: If the model does not take images of `image_size`.
+    """
+    preprocess = Preprocess.of_model(model)
+    own = model.input_shape[1:3]
+    if image_size is None:
+        wanted = data.image_size or preprocess.image_size
+        image_size = [a or b for a, b in zip(own, wanted, strict=True)]
+    sides = zip(own, image_size, strict=True)
+    if any(side not in (None, asked) for side, asked in sides):
+        raise ValueError(
+            f"The model takes images of {_by(own)} pixels only, got "
+            f"{_by(image_size)}; one that is built with image_size=None takes any."
+        )
+    return dataclasses.replace(preprocess, image_size=tuple(image_size))
+
+
+def _by(size):
+    return " x ".join("any" if side is None else str(side) for side in size)
