@@ -67,7 +67,10 @@ def attention(query, key, value, dropout=None, bias=None):
     logits = ops.cast(logits, "float32")
     if bias is not None:
         logits = logits + ops.cast(bias, "float32")
-    weights = ops.softmax(logits)  # (B, H, N, M)
+    if logits.shape[-1] == 1:  # Keras warns of a softmax over one
+        weights = ops.exp(ops.log_softmax(logits))
+    else:
+        weights = ops.softmax(logits)  # (B, H, N, M)
     if dropout is not None:
         weights = dropout(weights)
     return ops.matmul(ops.cast(weights, value.dtype), value)

@@ -62,3 +62,71 @@ def resize_axis(x, new):
         weights = [cubic((j + 0.5 - centre) / stretch) for j in range(old)]
         out.append(sum(w * v for w, v in zip(weights, x, strict=True)) / sum(weights))
     return np.stack(out)
+
+
+def sincos_1d(height, width, dim):
+    """(h * w, D): place n, channel pair t, one number at a time."""
+    table = np.zeros((height * width, dim))
+    for n in range(height * width):
+        for t in range(dim // 2):
+            angle = n / 10_000 ** (2 * t / dim)
+            table[n, 2 * t : 2 * t + 2] = math.sin(angle), math.cos(angle)
+    return table
+
+
+def sincos_2d(height, width, dim):
+    table = np.zeros((height, width, 4, dim // 4))
+    for y in range(height):
+        for x in range(width):
+            for t in range(dim // 4):
+                w = 10_000 ** (-t / (dim // 4 - 1))
+                table[y, x, :, t] = [f(w * p) for p in (x, y) for f in (np.sin, np.cos)]
+    return table.reshape(height * width, dim)
+
+
+def peg(x, kernel, bias, padding):
+    """The encoding of one grid (h, w, D), without the residual."""
+    height, width, _ = x.shape
+    size = len(kernel)
+    margin = size // 2
+    out = np.zeros_like(x)
+    for i in range(height):
+        for j in range(width):
+            rows, columns = i + np.arange(size) - margin, j + np.arange(size) - margin
+            inside = [
+                (0 <= r < height) and (0 <= c < width) for r in rows for c in columns
+            ]
+            if padding == "none" and not all(inside):
+                continue
+            out[i, j] = bias
+            for a, r in enumerate(rows):
+                for b, c in enumerate(columns):
+                    if padding == "circular" or (
+                        (0 <= r < height) and (0 <= c < width)
+                    ):
+                        out[i, j] += kernel[a, b, :, 0] * x[r % height, c % width]
+    return out
+
+
+def rotary(x, height, width, temperature=100.0):
+    """Turn one head's (h * w, d) as complex numbers."""
+    d = x.shape[-1]
+    z = x[:, : d // 2] + 1j * x[:, d // 2 :]
+    for n in range(height * width):
+        for t in range(d // 4):
+            w = temperature ** (-t / (d // 4))
+            z[n, t] *= np.exp(1j * w * (n % width))
+            z[n, d // 4 + t] *= np.exp(1j * w * (n // width))
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def relative_bias(height, width, hidden, hidden_bias, out):
+    """(H, N, N): a two-layer network of the log distance, pair by pair."""
+    n = height * width
+    bias = np.zeros((out.shape[-1], n, n))
+    for i in range(n):
+        for j in range(n):
+            distance = np.array([i % width - j % width, i // width - j // width])
+            scaled = np.sign(distance) * np.log(1 + np.abs(distance))
+            bias[:, i, j] = np.maximum(scaled @ hidden + hidden_bias, 0) @ out
+    return bias

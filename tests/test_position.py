@@ -1,15 +1,11 @@
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
 import reference
 from conftest import to_numpy
 
-from keras_vit import LearnedPosition, ViT
-from keras_vit.resampling import resample, resize_matrix
-
-GOLDEN = Path(__file__).parent / "golden" / "position_resampling.npz"
+from keras_vit import PEG, LearnedPosition, SinCosPosition, ViT
+from keras_vit.resampling import METHODS, resample
 
 
 def draw(*shape):
@@ -30,26 +26,6 @@ def test_layer(check_layer, prefix, positions):
     np.testing.assert_allclose(
         y[:, prefix:], tokens[:, prefix:] + table[:, positions:], atol=1e-6
     )
-
-
-@pytest.mark.parametrize("old, new", [(7, 7), (7, 12), (9, 4), (5, 1), (1, 3)])
-def test_resize_matrix_is_antialiased_bicubic(old, new):
-    expected = reference.resize_axis(np.eye(old), new)
-    np.testing.assert_allclose(resize_matrix(new, old), expected, atol=1e-6)
-    dynamic = resize_matrix(keras.ops.convert_to_tensor(new), old)
-    np.testing.assert_allclose(to_numpy(dynamic), expected, atol=1e-6)
-
-
-def test_resampling_equals_timm():
-    golden = np.load(GOLDEN)
-    names = [x for x in golden.files if x.startswith("timm_bicubic_antialias_")]
-    assert len(names) >= 3
-    table = golden["table"]
-    for name in names:
-        grid = tuple(int(x) for x in name.rsplit("_", 1)[1].split("x"))
-        patches = to_numpy(resample(table[:, 1:], (7, 7), grid))
-        np.testing.assert_array_equal(golden[name][:, :1], table[:, :1])
-        np.testing.assert_allclose(patches, golden[name][:, 1:], atol=1e-4)
 
 
 def test_the_table_is_resampled_for_the_grid_that_comes():
@@ -99,3 +75,69 @@ def test_wrong_arguments_are_refused():
         LearnedPosition(1, 2)
     with pytest.raises(ValueError, match="table_grid must be given"):
         LearnedPosition()(keras.Input((None, 8)), keras.Input((None, None, 8)))
+    with pytest.raises(ValueError, match="resampling must be one of 'bicubic_anti"):
+        LearnedPosition(resampling="cubic")
+    with pytest.raises(ValueError, match="dimensions must be 1 or 2, got 3"):
+        SinCosPosition(dimensions=3)
+    with pytest.raises(ValueError, match="D must be a multiple of 4, got D=6"):
+        SinCosPosition()(draw(1, 6, 6), draw(1, 2, 3, 6))
+    for size in (2, 0, "3"):
+        with pytest.raises(ValueError, match=f"must be odd, such as 3, got {size!r}"):
+            PEG(size)
+    with pytest.raises(ValueError, match="padding must be 'zeros', 'circular' or"):
+        PEG(padding="same")
+
+
+@pytest.mark.parametrize("resampling", METHODS)
+def test_each_resampling_can_be_chosen(check_layer, resampling):
+    layer = LearnedPosition(1, 1, (4, 4), resampling=resampling)
+    tokens, grid = np.zeros((1, 1 + 15, 8), "float32"), draw(1, 3, 5, 8)
+    y = check_layer(layer, tokens, grid)
+    table = layer.get_weights()[0]
+    expected = to_numpy(resample(table[:, 1:], (4, 4), (3, 5), resampling))
+    np.testing.assert_allclose(y[:, 1:], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_sincos_is_the_equation(check_layer, dimensions):
+    tokens, grid = draw(2, 1 + 15, 12), draw(2, 3, 5, 12)
+    y = check_layer(SinCosPosition(1, dimensions), tokens, grid)
+    np.testing.assert_array_equal(y[:, 0], tokens[:, 0])
+    encode = reference.sincos_1d if dimensions == 1 else reference.sincos_2d
+    expected = tokens[:, 1:] + encode(3, 5, 12)
+    np.testing.assert_allclose(y[:, 1:], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "circular", "none"])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("num_prefix, sides", [(0, (4, 7)), (2, (5, 5)), (1, (1, 2))])
+def test_peg_is_the_equation(check_layer, padding, kernel_size, num_prefix, sides):
+    length = num_prefix + sides[0] * sides[1]
+    tokens, grid = draw(2, length, 3), draw(2, *sides, 3)
+    layer = PEG(kernel_size, padding, num_prefix)
+    y = check_layer(layer, tokens, grid)
+    kernel, bias = layer.get_weights()
+    x = tokens[:, num_prefix:].reshape(2, *sides, 3)
+    expected = x + [reference.peg(image, kernel, bias, padding) for image in x]
+    np.testing.assert_array_equal(y[:, :num_prefix], tokens[:, :num_prefix])
+    patches = y[:, num_prefix:].reshape(expected.shape)
+    np.testing.assert_allclose(patches, expected, atol=1e-5)
+
+
+def test_peg_with_a_zero_kernel_is_the_identity():
+    layer, tokens, grid = PEG(num_prefix=1), draw(2, 7, 4), draw(2, 2, 3, 4)
+    layer(tokens, grid)
+    layer.set_weights([np.zeros_like(w) for w in layer.get_weights()])
+    np.testing.assert_array_equal(to_numpy(layer(tokens, grid)), tokens)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_peg_learns_in_half_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    tokens, grid = keras.Input((12, 8)), keras.Input((3, 4, 8))
+    model = keras.Model([tokens, grid], PEG()(tokens, grid))
+    model.compile("sgd", "mse")
+    before = model.get_weights()[0]
+    x = [draw(4, 12, 8), draw(4, 3, 4, 8)]
+    model.fit(x, np.zeros((4, 12, 8)), verbose=0)
+    assert np.abs(model.get_weights()[0] - before).max() > 0

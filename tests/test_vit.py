@@ -2,11 +2,12 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import published
 import pytest
 from conftest import to_numpy
 
 from keras_vit import ViT
-from keras_vit.vit import VARIANTS
+from keras_vit.vit import POSITIONS, VARIANTS
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -66,45 +67,13 @@ def test_parameter_count_of_other_forms(kwargs, expected):
     assert count(**kwargs) == expected
 
 
-def torch_weights(state, depth):
-    """Names of timm's state dict -> our paths, arrays in Keras' layouts."""
-    patches = state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)  # (P, P, C, D)
-    weights = {
-        "patches/project/kernel": patches.reshape(-1, patches.shape[-1]),
-        "patches/project/bias": state["patch_embed.proj.bias"],
-        "tokens/class_token": state["cls_token"],
-        "position/table": state["pos_embed"],
-    }
-    if "dist_token" in state:
-        weights["tokens/distillation_token"] = state["dist_token"]
-    norms = {"norm": "norm"}
-    denses = {"head": "head", "head_dist": "head_dist"}
-    for i in range(depth):
-        ours, theirs = f"block{i}", f"blocks.{i}"
-        norms |= {f"{ours}/norm{n}": f"{theirs}.norm{n}" for n in (1, 2)}
-        denses |= {
-            f"{ours}/attention/qkv": f"{theirs}.attn.qkv",
-            f"{ours}/attention/project": f"{theirs}.attn.proj",
-            f"{ours}/mlp/expand": f"{theirs}.mlp.fc1",
-            f"{ours}/mlp/reduce": f"{theirs}.mlp.fc2",
-        }
-    for ours, theirs in norms.items():
-        weights[f"{ours}/gamma"] = state[f"{theirs}.weight"]
-        weights[f"{ours}/beta"] = state[f"{theirs}.bias"]
-    for ours, theirs in denses.items():
-        if f"{theirs}.weight" in state:
-            weights[f"{ours}/kernel"] = state[f"{theirs}.weight"].T
-            weights[f"{ours}/bias"] = state[f"{theirs}.bias"]
-    return weights
-
-
 @pytest.mark.parametrize(
     "file, variant",
     [("timm_vit", "deit_tiny"), ("timm_deit_distilled", "deit_tiny_distilled")],
 )
 def test_outputs_equal_timm(file, variant):
     golden = np.load(GOLDEN / f"{file}.npz")
-    state = {k[6:]: golden[k] for k in golden.files if k.startswith("state/")}
+    state = published.state_of(golden)
     model = ViT(
         variant,
         image_size=64,
@@ -114,10 +83,7 @@ def test_outputs_equal_timm(file, variant):
         num_heads=3,
         normalization=None,
     )
-    weights = torch_weights(state, depth=3)
-    assert {v.path for v in model.weights} == set(weights)
-    for variable in model.weights:
-        variable.assign(weights[variable.path])
+    published.assign(model, published.vit(state, depth=3))
     images = golden["images_nhwc"]
     np.testing.assert_allclose(to_numpy(model(images)), golden["logits"], atol=1e-4)
     tokens = keras.Model(model.input, model.get_layer("norm").output)
@@ -263,3 +229,58 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
         ViT("tiny", image_size=(1, 2, 3))
     with pytest.raises(ValueError, match=r"patch_size=16 must divide .* 40 x 40"):
         ViT("tiny", image_size=40)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_position_trains_a_step_saves_and_reloads(tmp_path, position):
+    # The mean: no one reads the class token's relative positions in the last block.
+    kwargs = {"image_size": None, "pool": "mean", "num_registers": 1, "dropout": 0.1}
+    model = small(position=position, **kwargs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adamw", loss)
+    before = [to_numpy(v) for v in model.trainable_variables]
+    x = draw(4, 32, 24, 3)
+    history = model.fit(x, np.arange(4), verbose=0, epochs=2).history
+    assert np.isfinite(history["loss"]).all()
+    pairs = zip(before, model.trainable_variables, strict=True)
+    still = [v.path for old, v in pairs if np.array_equal(old, to_numpy(v))]
+    assert still == []  # every variable learns
+    model.save(tmp_path / "vit.keras")
+    loaded = keras.saving.load_model(tmp_path / "vit.keras")
+    for size in [(32, 24), (40, 16)]:
+        x = draw(2, *size, 3)
+        np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+        keras.Model(model.input, model.get_layer("block1").output)(x)  # can be cut
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_position_gives_a_static_size_what_it_gives_a_dynamic_one(
+    tmp_path, position
+):
+    kwargs = {"position": position, "position_grid": (4, 4), "pool": "mean"}
+    dynamic = small("deit_tiny", image_size=None, **kwargs)
+    dynamic.save_weights(tmp_path / "any.weights.h5")
+    fixed = small("deit_tiny", image_size=(24, 40), **kwargs)
+    fixed.load_weights(tmp_path / "any.weights.h5")
+    x = draw(2, 24, 40, 3)
+    np.testing.assert_allclose(to_numpy(dynamic(x)), to_numpy(fixed(x)), atol=1e-4)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_patches_permute_with_the_input_without_a_position_alone(position):
+    model = small(position=position, pool="mean", embed_dim=48)
+    tokens = keras.Model(model.input, model.get_layer("block1").output)
+    x = draw(1, 32, 32, 3)
+    order = np.random.default_rng(1).permutation(16)
+    patches = x.reshape(4, 8, 4, 8, 3).transpose(0, 2, 1, 3, 4).reshape(16, 8, 8, 3)
+    shuffled = patches[order].reshape(4, 4, 8, 8, 3).transpose(0, 2, 1, 3, 4)
+    found = to_numpy(tokens(shuffled.reshape(1, 32, 32, 3)))
+    difference = np.abs(found - to_numpy(tokens(x))[:, order]).max()
+    assert (difference < 1e-4) == (position == "none")
+
+
+def test_an_unknown_position_is_refused():
+    with pytest.raises(ValueError, match=r"got 'sincos'. Did you mean 'sincos_"):
+        small(position="sincos")
+    with pytest.raises(ValueError, match="must be a multiple of 4 for rotary"):
+        small(position="rotary", embed_dim=30, num_heads=3)
