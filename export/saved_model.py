@@ -22,7 +22,7 @@ import keras
 from tqdm.auto import tqdm
 
 import keras_vit
-from export.verify import Report, reference_images, verify
+from export.verify import Report, reference_images, sampled, verify
 from keras_vit.embedding import Preprocess
 
 STAGES = ("save", "rebuild", "trace", "write", "verify", "publish")
@@ -42,13 +42,19 @@ def export_saved_model(
     top_k: int = 5,
     progress: bool = True,
 ) -> Path:
-    """Export a classifier as `<directory>/<version>/` for TensorFlow Serving.
+    """Export a model as `<directory>/<version>/` for TensorFlow Serving.
 
-    Signatures: `image_bytes` (also `serving_default`): encoded images `(N,)` of any
-    size to `probabilities` `(N, C)`, `classes` `(N, k)` and `scores` `(N, k)`;
-    `images`: raw pixels `(N, H, W, 3)`, float32 of 0..255, to `logits` and
+    Signatures of a classifier: `image_bytes` (also `serving_default`): encoded images
+    `(N,)` of any size to `probabilities` `(N, C)`, `classes` `(N, k)` and `scores`
+    `(N, k)`; `images`: raw pixels `(N, H, W, 3)`, float32 of 0..255, to `logits` and
     `probabilities` `(N, C)`. Files are decoded, resized and cropped as the model
     records it.
+
+    Of a model of a class for every pixel (`SemanticFPN`): `image_bytes` to
+    `label_map_bytes` `(N,)`, for each file a one-channel PNG of its own size whose
+    pixels are class numbers; `images` to `label_map`, int32 `(N, H, W)`; `logits`: the
+    same pixels to `logits` `(N, H, W, C)`. A model of any size sees a file as it is;
+    one of fixed size sees it resized, never cropped, and its logits are resized back.
 
     Args:
         model_or_file: A model of this package, or a `.keras` file of one; any backend.
@@ -125,8 +131,10 @@ def read_model(path: str | Path) -> keras.Model:
 
 def _labels(model, labels):
     shape = model.output_shape
-    if not isinstance(shape, tuple) or len(shape) != 2:
-        raise ValueError(f"The model must give logits (N, C), got {shape}.")
+    if not isinstance(shape, tuple) or len(shape) not in (2, 4):
+        raise ValueError(
+            f"The model must give logits (N, C) or (N, H, W, C), got {shape}."
+        )
     labels = [str(i) for i in range(shape[-1])] if labels is None else list(labels)
     if len(labels) != shape[-1]:
         raise ValueError(
@@ -139,9 +147,12 @@ def _prepare(model, scratch, target, labels, top_k):
     """Save the model and its reference logits; return what the worker must know."""
     plain = keras.Model(model.input, model.output, name=model.name)
     plain.save(scratch / "model.keras")
-    size = Preprocess.of_model(model).image_size
-    reference = {"seed": 0, "shape": [4, *size, 3]}
-    logits = _logits_on_cpu(model, reference_images(**reference).astype("float32"))
+    height, width = Preprocess.of_model(model).image_size
+    reference = {"seed": 0, "shape": [4, height, width, 3], "step": 1}
+    if len(model.output_shape) == 4:  # one image, some thousand of its pixels
+        reference |= {"shape": [1, height, width, 3], "step": -(-width // 32)}
+    images = reference_images(reference["seed"], reference["shape"]).astype("float32")
+    logits = sampled(_logits_on_cpu(model, images), reference)
     dtypes = {layer.compute_dtype for layer in model.layers}
     half = [x for x in ("float16", "bfloat16") if x in dtypes]
     return {

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,16 +15,19 @@ from export.session import StatusError, strings
 
 JSON_DTYPES = ("DT_FLOAT", "DT_INT32", "DT_INT64", "DT_BOOL", "DT_STRING")
 FORBIDDEN = ("Xla", "_Xla", "PyFunc", "EagerPyFunc", "Random", "StatelessRandom")
-CONTRACT = {
-    "serving_default": ({"image_bytes"}, {"probabilities", "classes", "scores"}),
-    "image_bytes": ({"image_bytes"}, {"probabilities", "classes", "scores"}),
-    "images": ({"images"}, {"logits", "probabilities"}),
-}
-
-
-CONTRACT_SHAPES = {  # enough of a description to count the hostile requests
-    "images": {"inputs": {"images": {"shape": [-1, -1, -1, 3]}}},
-    "image_bytes": {},
+FILES, PIXELS = {"image_bytes"}, {"images"}
+CONTRACTS = {
+    "classification": {
+        "serving_default": (FILES, {"probabilities", "classes", "scores"}),
+        "image_bytes": (FILES, {"probabilities", "classes", "scores"}),
+        "images": (PIXELS, {"logits", "probabilities"}),
+    },
+    "segmentation": {
+        "serving_default": (FILES, {"label_map_bytes"}),
+        "image_bytes": (FILES, {"label_map_bytes"}),
+        "images": (PIXELS, {"label_map"}),
+        "logits": (PIXELS, {"logits"}),
+    },
 }
 
 
@@ -85,7 +89,7 @@ def verify(directory: str | Path, *, progress: bool = True) -> Report:
         _checks(directory),
         desc="verify",
         unit=" checks",
-        total=20,
+        total=24,
         disable=not progress,
     )
     with bar:
@@ -104,7 +108,7 @@ def _checks(directory: Path) -> Iterator[Check]:
         return
     with runtime:
         yield Check("loads in the C++ runtime", True, "XLA forbidden, as in the server")
-        yield _check_signatures(runtime)
+        yield _check_signatures(runtime, contract_of(runtime.signatures))
         yield _check_ops(runtime)
         manifest, check = _read_manifest(directory)
         yield check
@@ -114,9 +118,16 @@ def _checks(directory: Path) -> Iterator[Check]:
     yield from _check_hostile(directory, runtime.signatures)
 
 
-def _check_signatures(runtime: Runtime) -> Check:
+def contract_of(signatures: dict) -> dict:
+    """What the signatures must be: those of label maps, or of a classifier."""
+    files = signatures.get("image_bytes", {"outputs": {}})
+    is_dense = "label_map_bytes" in files["outputs"]
+    return CONTRACTS["segmentation" if is_dense else "classification"]
+
+
+def _check_signatures(runtime: Runtime, contract: dict) -> Check:
     name = "signatures"
-    for signature, (inputs, outputs) in CONTRACT.items():
+    for signature, (inputs, outputs) in contract.items():
         found = runtime.signatures.get(signature)
         if found is None:
             return Check(name, False, f"{signature} is missing")
@@ -130,7 +141,7 @@ def _check_signatures(runtime: Runtime) -> Check:
                 )
             if not x["shape"] or x["shape"][0] != -1:
                 return Check(name, False, f"{signature} {key} has a fixed batch")
-    return Check(name, True, ", ".join(CONTRACT))
+    return Check(name, True, ", ".join(contract))
 
 
 def _check_ops(runtime: Runtime) -> Check:
@@ -161,22 +172,51 @@ def _check_weights(directory: Path, manifest: dict) -> Check:
 def _check_parity(runtime: Runtime, manifest: dict) -> Iterator[Check]:
     reference = manifest["reference"]
     images = reference_images(reference["seed"], reference["shape"]).astype("float32")
+    signature = "logits" if manifest["task"] == "segmentation" else "images"
+
+    def logits():
+        return sampled(runtime.run(signature, images=images)["logits"], reference)
+
     expected = np.asarray(reference["logits"])
     bound = manifest["tolerance"] * max(1.0, np.abs(expected).max())
-    name = f"logits of {manifest['trained_with']}"
-    yield _compare(
-        name, bound, expected, lambda: runtime.run("images", images=images)["logits"]
-    )
+    yield _compare(f"logits of {manifest['trained_with']}", bound, expected, logits)
 
     file = manifest["reference_file"]
     data = strings([base64.b64decode(file["png"])])
-    expected = np.asarray([file["probabilities"]])
+    if "label_map_bytes" in file:
+        yield _compare_label_maps(
+            file, lambda: runtime.run("image_bytes", image_bytes=data)
+        )
+        return
     yield _compare(
         "probabilities of a file",
         manifest["tolerance"],
-        expected,
+        np.asarray([file["probabilities"]]),
         lambda: runtime.run("image_bytes", image_bytes=data)["probabilities"],
     )
+
+
+def sampled(logits: np.ndarray, reference: dict) -> np.ndarray:
+    """The logits that the manifest keeps: all of a classifier, some pixels of a map."""
+    step = reference["step"]
+    return logits[:, ::step, ::step] if logits.ndim == 4 else logits
+
+
+def _compare_label_maps(file: dict, run) -> Check:
+    from PIL import Image
+
+    name, limit = "label map of a file", 0.001  # where two classes are all but equal
+    try:
+        found = run()["label_map_bytes"][0]
+    except (StatusError, RuntimeCrashError) as error:
+        return Check(name, False, str(error))
+    encoded = (base64.b64decode(file["label_map_bytes"]), bytes(found))
+    expected, found = (np.asarray(Image.open(io.BytesIO(x))) for x in encoded)
+    if expected.shape != found.shape:
+        return Check(name, False, f"size {found.shape}, must be {expected.shape}")
+    differing = float((expected != found).mean())
+    detail = f"{differing:.2%} of the pixels differ, bound {limit:.1%}"
+    return Check(name, differing <= limit, detail)
 
 
 def reference_images(seed: int, shape: Sequence[int]) -> np.ndarray:
@@ -200,27 +240,12 @@ def hostile_requests(signatures: dict) -> Iterator[tuple[str, str, dict, bool]]:
         Name, signature, inputs, and whether an answer is acceptable: of these an error
         status always is; where it is not, an answer is nonsense.
     """
-    if "images" in signatures:
-        shape = signatures["images"]["inputs"]["images"]["shape"]
-        height, width = ((32 if side < 0 else side) for side in shape[1:3])
-        fixed = shape[1] > 0
-        pixels = {
-            "of rank 0": ((), False),
-            "of rank 1": ((3,), False),
-            "of rank 2": ((height, width), False),
-            "of rank 3": ((height, width, 3), False),
-            "of rank 5": ((1, 1, height, width, 3), False),
-            "of 8 pixels more": ((16, height + 8, width + 8, 3), not fixed),
-            "of no pixels": ((1, 0, 0, 3), False),
-            "of one channel": ((2, height, width, 1), False),
-            "none": ((0, height, width, 3), True),
-        }
-        for name, (shape, acceptable) in pixels.items():
-            inputs = {"images": np.full(shape, 100, "float32")}
-            yield f"images {name}", "images", inputs, acceptable
-        for dtype in ("float64", "uint8", "int64"):
-            inputs = {"images": np.zeros((1, height, width, 3), dtype)}
-            yield f"images of {dtype}", "images", inputs, False
+    for signature, description in signatures.items():
+        if "images" not in description["inputs"]:
+            continue
+        shape = description["inputs"]["images"]["shape"]
+        for name, images, acceptable in _hostile_images(shape):
+            yield f"{signature} {name}", signature, {"images": images}, acceptable
     if "image_bytes" in signatures:
         files = {
             "garbage": strings([b"not an image"]),
@@ -231,6 +256,25 @@ def hostile_requests(signatures: dict) -> Iterator[tuple[str, str, dict, bool]]:
         for name, data in files.items():
             yield f"image_bytes {name}", "image_bytes", {"image_bytes": data}, False
         yield "image_bytes none", "image_bytes", {"image_bytes": strings([])}, True
+
+
+def _hostile_images(shape: Sequence[int]) -> Iterator[tuple[str, np.ndarray, bool]]:
+    height, width = ((32 if side < 0 else side) for side in shape[1:3])
+    shapes = {
+        "of rank 0": ((), False),
+        "of rank 1": ((3,), False),
+        "of rank 2": ((height, width), False),
+        "of rank 3": ((height, width, 3), False),
+        "of rank 5": ((1, 1, height, width, 3), False),
+        "of 8 pixels more": ((16, height + 8, width + 8, 3), shape[1] < 0),
+        "of no pixels": ((1, 0, 0, 3), False),
+        "of one channel": ((2, height, width, 1), False),
+        "none": ((0, height, width, 3), True),
+    }
+    for name, (size, acceptable) in shapes.items():
+        yield name, np.full(size, 100, "float32"), acceptable
+    for dtype in ("float64", "uint8", "int64"):
+        yield f"of {dtype}", np.zeros((1, height, width, 3), dtype), False
 
 
 def _check_hostile(directory: Path, signatures: dict) -> Iterator[Check]:

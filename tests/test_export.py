@@ -16,7 +16,8 @@ import export
 from export import Runtime, RuntimeCrashError, StatusError, export_saved_model, verify
 from export.saved_model import read_model
 from export.session import strings
-from keras_vit import ViT
+from keras_vit import CPVT, ViT
+from keras_vit.vit import POSITIONS
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["cat", "dog", "émeu", "yak"]
@@ -271,16 +272,32 @@ def test_a_rebuilt_model_that_differs_is_not_exported(model, tmp_path, monkeypat
     assert list((tmp_path / "m").iterdir()) == []
 
 
-def test_one_artifact_of_any_size_answers_every_size(tmp_path):
-    model = build(image_size=None, position_grid=(4, 4), pool="mean")
+def test_one_cpvt_artifact_answers_every_size(tmp_path):
+    model = CPVT(
+        "tiny", patch_size=8, depth=2, num_classes=4, pool="mean", peg_positions=(0, 1)
+    )
     artifact = export_saved_model(model, tmp_path / "any", progress=False)
     with Runtime(artifact) as runtime:
         for size in [(24, 24), (32, 32), (48, 48), (32, 64), (30, 21)]:
             images = draw(2, *size, 3)
+            expected = to_numpy(model(images))
             logits = runtime.run("images", images=images)["logits"]
-            np.testing.assert_allclose(logits, to_numpy(model(images)), atol=2e-5)
+            bound = 1e-5 * max(1.0, np.abs(expected).max())
+            assert np.abs(logits - expected).max() <= bound, size
         answer = runtime.run("image_bytes", image_bytes=strings([png(30, 50)]))
         assert answer["probabilities"].shape == (1, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_position_is_exported(tmp_path, position):
+    """`export_saved_model` publishes nothing whose logits are not the model's."""
+    model = build(position=position, image_size=None, position_grid=(4, 4))
+    artifact = export_saved_model(model, tmp_path / "model", progress=False)
+    images = draw(2, 40, 24, 3)
+    with Runtime(artifact) as runtime:
+        logits = runtime.run("images", images=images)["logits"]
+    np.testing.assert_allclose(logits, to_numpy(model(images)), atol=2e-5)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
