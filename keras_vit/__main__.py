@@ -30,6 +30,7 @@ RunOrFile = Annotated[
 Served = Annotated[
     Path, typer.Argument(help="Version directory, or the folder of versions.")
 ]
+DATA = "digits, digit_scenes:SIZE, tfds:NAME or folder:PATH."
 
 
 @app.callback()
@@ -107,9 +108,7 @@ def train(
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run is kept [default: runs/RECIPE].")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="digits, tfds:NAME or folder:PATH.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", help="Another value, as epochs=3 or depth=6."),
@@ -132,48 +131,58 @@ def train(
     )
     history = (run_dir / "history.csv").read_text().splitlines()
     last = dict(zip(history[0].split(","), history[-1].split(","), strict=True))
+    held_out = f"accuracy {float(last['val_accuracy']):.2%}"
+    following = f"keras-vit export {run_dir} models/{recipe}"
+    if images.masks:
+        held_out = f"mean IoU {float(last['val_mean_iou']):.4f}, pixel {held_out}"
+        following = f"keras-vit evaluate {run_dir} --data {chosen.data} --picture x.png"
     console.print(
-        f"{model.name}: {last['epoch']} epochs done, held-out accuracy "
-        f"{float(last['val_accuracy']):.2%}. Run kept in {run_dir}"
+        f"{model.name}: {last['epoch']} epochs done, held-out {held_out}. "
+        f"Run kept in {run_dir}",
+        soft_wrap=True,
     )
-    console.print(f"Next: keras-vit export {run_dir} models/{recipe}")
+    console.print(f"Next: {following}", soft_wrap=True)
 
 
 @app.command()
 def evaluate(
     model: RunOrFile,
-    data: Annotated[str, typer.Option(help="digits, tfds:NAME or folder:PATH.")],
+    data: Annotated[str, typer.Option(help=DATA)],
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Pixels, N or HxW, for a model that takes any size."),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="PNG file of images, truth and prediction (segmentation)."),
+    ] = None,
 ) -> None:
-    """Accuracy and loss of a model on the held-out part of a dataset."""
+    """Accuracy, loss and mean IoU of a model on the held-out part of a dataset."""
     path, _ = _model_file(model)
-
-    import keras
+    size = None if image_size is None else _size(image_size)
 
     import training
     from export.saved_model import read_model
-    from keras_vit.embedding import Preprocess
+    from training.picture import draw_segmentation
+    from training.task import is_segmentation
 
     network = read_model(path)
-    images = training.load_data(data)
-    if network.output_shape[-1] != len(images.labels):
+    if picture is not None and not is_segmentation(network):
         raise ValueError(
-            f"The model must have one logit for each of the {len(images.labels)} "
-            f"labels of {data!r}, got {network.output_shape[-1]}."
+            "--picture is for segmentation, a class for each pixel; this model gives "
+            "one answer an image."
         )
-    network.compile(
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-    )
-    batches = training.validation_batches(
-        images, Preprocess.of_model(network), batch_size
-    )
-    with images.naming_damaged_files():
-        result = network.evaluate(batches, return_dict=True)
-    console.print(
-        f"{images.sizes['validation']} held-out images of {data}: accuracy "
-        f"{result['accuracy']:.2%}, loss {result['loss']:.4f}"
-    )
+    images = training.load_data(data)
+    result = training.evaluate(network, images, batch_size, size)
+    figures = f"accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}"
+    if images.masks:
+        figures = f"mean IoU {result['mean_iou']:.4f}, pixel {figures}"
+    count = images.sizes["validation"]
+    console.print(f"{count} held-out images of {data}: {figures}", soft_wrap=True)
+    if picture is not None:
+        draw_segmentation(network, images, picture, size)
+        console.print(f"Picture: {picture}")
 
 
 @app.command()
@@ -283,6 +292,14 @@ def _parse(changes: list[str]) -> dict:
     return values
 
 
+def _size(text: str) -> tuple[int, int]:
+    """`"96"` or `"64x96"` to height and width."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(x.isdecimal() and int(x) > 0 for x in sides):
+        raise ValueError(f"--image-size must be N or HxW, in pixels, got {text!r}.")
+    return int(sides[0]), int(sides[-1])
+
+
 def _model_file(path: Path) -> tuple[Path, list[str] | None]:
     """The `.keras` file that is meant, and the labels where a run knows them."""
     if not path.is_dir():
@@ -335,6 +352,7 @@ def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path
     """Classify every held-out image through the artifact; picture of the first 24."""
     import numpy as np
     from matplotlib.figure import Figure
+    from PIL import Image
     from tqdm.auto import tqdm
 
     from export import Runtime
@@ -364,7 +382,8 @@ def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path
     for axes, i in zip(grid.flat, shown, strict=False):
         path = folder / f"{i:03d}_is_{truth[i]}.png"
         path.write_bytes(files[i])
-        axes.imshow(_grey(path), cmap="gray", vmin=0, vmax=255)
+        grey = np.asarray(Image.open(path).convert("L"))
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
         right = classes[i] == truth[i]
         text = f"{classes[i]}  {scores[i]:.0%}" + (
             "" if right else f"  (is {truth[i]})"
@@ -375,15 +394,6 @@ def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path
     picture = directory / "predictions.png"
     figure.savefig(picture, dpi=120)
     return float(np.mean(np.array(classes) == truth)), picture
-
-
-def _grey(path: Path):
-    """Grey pixels of a file, for the picture."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The same tests on every other backend that is installed, each in a child process.
 
 `pytest` runs the backend of KERAS_BACKEND in its own process; a process of Keras has
-one. Only what is backend-agnostic runs again: the library, the fit loop, the optimizer,
-and the export of a model of that backend.
+one. Only what is backend-agnostic runs again: the library, the fit loop, losses and
+metrics, the optimizer, and the export of a model of that backend.
 """
 
 import importlib.util
@@ -16,9 +16,10 @@ import pytest
 
 TESTS = Path(__file__).parent
 LIBRARY = sorted((TESTS.parent / "keras_vit").glob("[a-z]*.py"))
+OTHER_NAMES = ("package", "optimize", "loop", "task")
 FILES = [
     path
-    for name in [*(module.stem for module in LIBRARY), "package", "optimize", "loop"]
+    for name in [*(module.stem for module in LIBRARY), *OTHER_NAMES]
     if (path := TESTS / f"test_{name}.py").exists()
 ]
 PARITY = TESTS / "test_export.py::test_logits_in_the_cpp_session_are_those_of_the_model"

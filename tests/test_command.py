@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
+from PIL import Image
 from test_data import write_images
 
+import training
+from keras_vit import CPVT
 from keras_vit import __main__ as command
 
 QUICK = (
@@ -50,6 +54,21 @@ def work(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def segmentation(tmp_path_factory):
+    """A run directory of `digits_segmentation`, tiny, and what `train` printed."""
+    run_dir = tmp_path_factory.mktemp("segmentation") / "run"
+    changes = (
+        'family=CPVT model={"patch_size":8,"embed_dim":24,"crop_ratio":null} depth=1 '
+        'segmentation={"channels":8} epochs=1 warmup_epochs=0 batch_size=100'
+    )
+    settings = [x for change in changes.split() for x in ("--set", change)]
+    arguments = ["--data", "digit_scenes:32", "--run-dir", run_dir, *settings]
+    result = program("train", "digits_segmentation", *map(str, arguments))
+    assert result.returncode == 0, result.stderr
+    return run_dir, result.stdout
+
+
 def test_train_and_export_keep_what_they_say(work):
     assert (work / "runs/digits/last.keras").is_file()
     assert (work / "models/digits/1/saved_model.pb").is_file()
@@ -59,6 +78,50 @@ def test_evaluate_prints_the_accuracy(work, capsys, monkeypatch):
     arguments = ["evaluate", work / "runs/digits", "--data", f"folder:{work}/images"]
     code, out, _ = run(capsys, monkeypatch, *arguments)
     assert code == 0 and "6 held-out images" in out and "accuracy" in out
+
+
+def test_train_prints_the_mean_iou_of_a_segmentation(segmentation):
+    run_dir, printed = segmentation
+    row = (run_dir / "history.csv").read_text().splitlines()[1].split(",")
+    header = (run_dir / "history.csv").read_text().splitlines()[0].split(",")
+    score = float(row[header.index("val_mean_iou")])
+    assert f"held-out mean IoU {score:.4f}, pixel accuracy" in printed
+
+
+def test_evaluate_takes_a_segmentation_to_another_canvas(
+    segmentation, tmp_path, capsys, monkeypatch
+):
+    model = keras.saving.load_model(segmentation[0] / "last.keras")
+    expected = training.evaluate(model, training.load_data("digit_scenes:48"))
+    picture = tmp_path / "new" / "scenes.png"
+    arguments = ["evaluate", segmentation[0], "--data", "digit_scenes:48"]
+    code, out, _ = run(capsys, monkeypatch, *arguments, "--picture", picture)
+    assert code == 0 and f"Picture: {picture}" in out
+    line = (
+        f"300 held-out images of digit_scenes:48: mean IoU {expected['mean_iou']:.4f}"
+    )
+    assert line in out
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.size[0] > 1000
+    code, out, _ = run(capsys, monkeypatch, *arguments, "--image-size", "32x40")
+    assert code == 0 and "pixel accuracy" in out and line not in out
+
+
+def test_evaluate_takes_a_classifier_of_any_size_to_another(
+    work, tmp_path, capsys, monkeypatch
+):
+    model = CPVT("tiny", embed_dim=24, depth=1, num_classes=2)
+    model.save(tmp_path / "model.keras")
+    images = training.load_data(f"folder:{work}/images")
+    arguments = ["evaluate", tmp_path / "model.keras", "--data", images.name]
+    for size in (None, (32, 32), (16, 48)):
+        expected = training.evaluate(model, images, image_size=size)
+        option = ["--image-size", "x".join(map(str, size))] if size else []
+        code, out, _ = run(capsys, monkeypatch, *arguments, *option)
+        assert code == 0 and f"loss {expected['loss']:.4f}" in out
+    code, out, _ = run(capsys, monkeypatch, *arguments, "--image-size", "32")
+    expected = training.evaluate(model, images, image_size=(32, 32))
+    assert code == 0 and f"loss {expected['loss']:.4f}" in out
 
 
 def test_verify_prints_every_check(work, capsys, monkeypatch):
@@ -108,6 +171,22 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
         ("evaluate nowhere --data digits", "There is no run directory or model file"),
         ("evaluate {damaged} --data digits", "it is damaged or another kind."),
         ("evaluate {work}/runs/digits --data digits", "one logit for each of the 10"),
+        (
+            "evaluate {work}/runs/digits --data digit_scenes:32",
+            "logits (B, H, W, C) for masks of 'digit_scenes:32', got (None, 2).",
+        ),
+        (
+            "evaluate {segmentation} --data digits",
+            "logits (B, C) for images of 'digits', got (None, None, None, 11).",
+        ),
+        ("evaluate {work}/runs/digits --data {data} --image-size 32", "16 x 16 pixels"),
+        ("evaluate {work}/runs/digits --data {data} --image-size 0x9", "HxW, in"),
+        (
+            "evaluate {work}/runs/digits --data {data} --picture x.png",
+            "--picture is for segmentation, a class for each pixel; this model gives",
+        ),
+        ("train digits --data digit_scenes:5000", "32..256 pixels, got 5000."),
+        ("train digits --set family=Vit", "got 'Vit'. Did you mean 'ViT'?"),
         ("export {empty} out", "must be a run directory with run.json"),
         ("export {work}/runs/digits out --labels no.txt", "no file of labels no.txt."),
         ("verify {empty}", "must be an exported version (with saved_model.pb)"),
@@ -117,14 +196,20 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
     ],
 )
 def test_a_wrong_input_is_one_sentence(
-    work, tmp_path, capsys, monkeypatch, arguments, sentence
+    work, segmentation, tmp_path, capsys, monkeypatch, arguments, sentence
 ):
     empty = tmp_path / "empty"
     empty.mkdir()
     damaged = tmp_path / "damaged.keras"
     whole = (work / "runs/digits/last.keras").read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])
-    names = {"work": work, "empty": empty, "damaged": damaged}
+    names = {
+        "work": work,
+        "data": f"folder:{work}/images",
+        "segmentation": segmentation[0],
+        "empty": empty,
+        "damaged": damaged,
+    }
     monkeypatch.chdir(tmp_path)
     words = [word.format(**names) for word in arguments.split()]
     code, _, err = run(capsys, monkeypatch, *words)
@@ -160,3 +245,21 @@ def test_demo(tmp_path, backend):
     assert "360 held-out images" in lines[-2] and accuracy >= 97
     assert lines[-1] == "Artifact verified: 24 of 24 checks hold."
     assert (tmp_path / "keras-vit-demo/predictions.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_digits_segmentation_reaches_what_it_says(tmp_path, backend):
+    """Its whole training, then a canvas that it never saw."""
+    pytest.importorskip(backend, reason="this backend is not installed")
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    options = {"cwd": tmp_path, "env": environment}
+    result = program("train", "digits_segmentation", **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for size, least in ((64, 0.7), (96, 0.6)):
+        data = f"digit_scenes:{size}"
+        arguments = ("evaluate", "runs/digits_segmentation", "--data", data)
+        result = program(*arguments, **options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        score = result.stdout.rsplit("mean IoU ", 1)[1].split(",")[0]
+        assert float(score) > least

@@ -1,12 +1,13 @@
 import dataclasses
 import functools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-from keras_vit.embedding import Preprocess
+from keras_vit.embedding import PixelNormalization, Preprocess
 from training import Dataset, load_data, training_batches, validation_batches
 from training.augment import random_affine
 from training.digits import read_digits
@@ -41,6 +42,15 @@ def few_scenes(train=48, validation=12, size=64):
     sizes = {"train": train, "validation": validation}
     streams = {part: data.stream(part).take(count) for part, count in sizes.items()}
     return dataclasses.replace(data, sizes=sizes, stream=streams.__getitem__)
+
+
+def tiny_segmenter(num_classes=11):
+    """A model with logits for each pixel of images of any size."""
+    images = keras.Input((None, None, 3))
+    x = PixelNormalization(interpolation="bilinear")(images)
+    x = keras.layers.Conv2D(8, 5, padding="same", activation="relu")(x)
+    x = keras.layers.Dropout(0.1, noise_shape=(None, None, None, 8))(x)
+    return keras.Model(images, keras.layers.Conv2D(num_classes, 1, name="head")(x))
 
 
 @pytest.fixture

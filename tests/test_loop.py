@@ -10,11 +10,11 @@ import keras
 import numpy as np
 import pytest
 from conftest import to_numpy
-from test_data import write_images
+from test_data import few_scenes, tiny_segmenter, write_images
 
 import training
 from keras_vit import ViT, kernels
-from training.loop import precision
+from training.loop import Checkpoint, Progress, precision
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,6 +202,56 @@ def test_the_accelerator_decides_the_half_precision():
     assert kernels._half_precision_cuda((9, 0)) == "mixed_bfloat16"
     assert kernels._half_precision_cuda((7, 5)) == "mixed_float16"
     assert kernels.half_precision() in (None, "mixed_bfloat16", "mixed_float16")
+
+
+SEGMENTATION = training.RECIPES["digits_segmentation"].replace(epochs=3, batch_size=16)
+
+
+def test_an_interrupted_segmentation_ends_as_if_undisturbed(tmp_path, monkeypatch):
+    data = few_scenes(size=32)
+
+    def fit(run_dir):
+        return training.fit(tiny_segmenter, data, SEGMENTATION, tmp_path / run_dir)
+
+    expected = state(fit("undisturbed"))
+    steps = iter(range(1, 1000))
+    update = Progress.on_train_batch_end
+
+    def interrupt(self, batch, logs=None):
+        update(self, batch, logs)
+        if next(steps) == 5:  # of 3 an epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Progress, "on_train_batch_end", interrupt)
+        fit("interrupted")
+    final = state(fit("interrupted"))
+    for (key, value), other in zip(final.items(), expected.values(), strict=True):
+        np.testing.assert_array_equal(value, other, err_msg=key)
+    rows = list(csv.DictReader((tmp_path / "interrupted/history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {"mean_iou", "val_mean_iou", "val_accuracy", "val_loss"} <= set(rows[0])
+    loaded = keras.saving.load_model(tmp_path / "interrupted/best.keras")
+    assert loaded.output_shape == (None, None, None, 11)
+
+
+@pytest.mark.parametrize("better", ["accuracy", "mean_iou"])
+def test_the_best_segmentation_is_that_of_mean_iou(tmp_path, better):
+    model = tiny_segmenter()
+    checkpoint = Checkpoint(tmp_path)
+    training.compile_model(model, SEGMENTATION, steps_per_epoch=1)
+    model.optimizer.build(model.trainable_variables)
+    checkpoint.set_model(model)
+    checkpoint.on_train_begin()
+    logs = {"val_accuracy": 0.5, "val_mean_iou": 0.5}
+    for epoch in range(2):
+        checkpoint.on_epoch_begin(epoch)
+        checkpoint.on_epoch_end(epoch, logs)
+        logs = {"val_accuracy": 0.4, "val_mean_iou": 0.4, f"val_{better}": 0.9}
+        model.get_layer("head").bias.assign(np.ones(11))
+    best = keras.saving.load_model(tmp_path / "best.keras")
+    bias = to_numpy(best.get_layer("head").bias)
+    assert bias.sum() == (11 if better == "mean_iou" else 0)
 
 
 def test_model_fit_of_a_user_is_resumed_too(tmp_path):

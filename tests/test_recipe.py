@@ -9,8 +9,11 @@ from training.recipe import find_recipe
 def test_every_recipe_builds_its_model_and_says_where_it_comes_from():
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.source and recipe.cost and recipe.expected
-        model = recipe.replace(depth=1).build_model(3)
-        assert model.output_shape == (None, 3)
+        small = {"depths": (1,) * 4} if recipe.family == "PCPVT" else {"depth": 1}
+        shape = recipe.replace(**small).build_model(3).output_shape
+        assert shape == (
+            (None, 3) if recipe.segmentation is None else (None,) * 3 + (3,)
+        )
 
 
 def test_replace_takes_fields_of_the_recipe_and_arguments_of_the_model():
@@ -23,6 +26,31 @@ def test_replace_takes_fields_of_the_recipe_and_arguments_of_the_model():
 def test_a_recipe_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["digits"].epochs = 3
+
+
+def test_replace_knows_the_arguments_of_every_family():
+    recipe = RECIPES["digits"].replace(
+        family="PCPVT", model={"variant": "small"}, depths=[1, 1, 1, 1], peg=False
+    )
+    assert recipe.model == {"variant": "small", "depths": (1, 1, 1, 1), "peg": False}
+    assert recipe.build_model(3).output_shape == (None, 3)
+    changed = recipe.replace(family="CPVT", model={"depth": 1}, peg_positions=[-1])
+    assert changed.model == {"depth": 1, "peg_positions": (-1,)}
+    with pytest.raises(ValueError, match=r"got 'depth'. Did you mean 'depths'"):
+        recipe.replace(depth=3)
+    with pytest.raises(ValueError, match=r"got 'depths'. Did you mean 'depth'"):
+        recipe.replace(family="CPVT", depths=[1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("family", ["ViT", "CPVT"])
+def test_segmentation_wraps_the_model_of_any_family(family):
+    model = {"variant": "tiny", "depth": 1, "image_size": 32, "embed_dim": 24}
+    recipe = RECIPES["digits_segmentation"].replace(
+        family=family, model=model, segmentation={"channels": 8}
+    )
+    network = recipe.build_model(3)
+    assert network.output_shape == (None, 32, 32, 3)
+    assert network.get_layer("head").kernel.shape == (1, 1, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +67,8 @@ def test_a_recipe_is_frozen():
         ({"clip_norm": 0.0}, "clip_norm must be positive or None, got 0.0"),
         ({"warmup_epochs": 99}, r"warmup_epochs must be in \[0, epochs=40\), got 99"),
         ({"precision": "float16"}, "'mixed_float16', got 'float16'. Did you mean"),
+        ({"family": "VIT"}, "family must be one of .*'ViT'.* got 'VIT'. Did you mean"),
+        ({"family": "SemanticFPN"}, "family must be .* got 'SemanticFPN'"),
         ({"seed": -1}, "seed must be an int >= 0, got -1"),
     ],
 )

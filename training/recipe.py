@@ -26,6 +26,8 @@ class Recipe:
         data: Name of a dataset, as `load_data` takes it.
         family: Function of `keras_vit` that builds the model.
         model: Its keyword arguments, `num_classes` aside.
+        segmentation: Keyword arguments of `keras_vit.SemanticFPN`, which gives the
+            model logits for each pixel; None for one class an image.
         epochs: Passes over the training images.
         batch_size: Images a step.
         learning_rate: Peak learning rate, reached after the warm-up.
@@ -50,6 +52,7 @@ class Recipe:
     data: str
     family: str = "ViT"
     model: Mapping[str, Any]
+    segmentation: Mapping[str, Any] | None = None
     epochs: int
     batch_size: int
     learning_rate: float
@@ -62,6 +65,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
+        if self.family not in families():
+            raise ValueError(unknown("family", self.family, families()))
         for name in ("epochs", "batch_size"):
             self._check_number(name, int, lambda x: x > 0, "a positive int")
         self._check_number("seed", int, lambda x: x >= 0, "an int >= 0")
@@ -89,20 +94,28 @@ class Recipe:
         """Return a copy with other values.
 
         A name that is not a field of the recipe is an argument of the model, so
-        `replace(epochs=3, depth=2)` does what it says.
+        `replace(epochs=3, depth=2)` does what it says. There a list becomes a tuple, as
+        in the rows of `VARIANTS`.
 
         Raises:
-            ValueError: If a name is neither.
+            ValueError: If a name is neither, or a value is out of its range.
         """
+        if "family" in changes:
+            family = changes.pop("family")
+            return dataclasses.replace(self, family=family).replace(**changes)
         fields = [field.name for field in dataclasses.fields(self)]
         arguments = self._model_arguments()
         for name in changes:
             if name not in fields and name not in arguments:
                 raise ValueError(unknown("A field", name, [*fields, *arguments]))
         own = {name: value for name, value in changes.items() if name in fields}
-        model = {name: value for name, value in changes.items() if name not in fields}
+        model = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in changes.items()
+            if name not in fields
+        }
         if model:
-            own["model"] = {**self.model, **own.get("model", {}), **model}
+            own["model"] = {**own.get("model", self.model), **model}
         return dataclasses.replace(self, **own)
 
     def _model_arguments(self):
@@ -116,7 +129,22 @@ class Recipe:
 
     def build_model(self, num_classes: int) -> keras.Model:
         """Build the model under the current dtype policy."""
-        return getattr(keras_vit, self.family)(**self.model, num_classes=num_classes)
+        family = getattr(keras_vit, self.family)
+        if self.segmentation is None:
+            return family(**self.model, num_classes=num_classes)
+        backbone = family(**self.model, num_classes=0)
+        return keras_vit.SemanticFPN(backbone, num_classes, **self.segmentation)
+
+
+def families() -> list[str]:
+    """Names of the functions of `keras_vit` that build a model from a row."""
+    functions = {name: getattr(keras_vit, name) for name in keras_vit.__all__}
+    return [
+        name
+        for name, function in functions.items()
+        if inspect.isfunction(function)
+        and hasattr(sys.modules[function.__module__], "VARIANTS")
+    ]
 
 
 def unknown(what: str, name: str, known) -> str:
@@ -163,6 +191,33 @@ RECIPES = {
             warmup_epochs=3,
             weight_decay=0.05,
             random_affine={"rotation_degrees": 10.0, "zoom": 0.1, "shift": 0.08},
+            clip_norm=1.0,
+        ),
+        Recipe(
+            name="digits_segmentation",
+            source="made for this package",
+            cost="about 4 minutes on 2 CPU cores",
+            expected="mean IoU 0.79 to 0.82 over 300 held-out scenes",
+            data="digit_scenes:64",
+            family="PCPVT",
+            model={
+                "variant": "small",
+                "image_size": None,
+                "embed_dims": (24, 48, 96, 128),
+                "depths": (1, 1, 2, 1),
+                "num_heads": (1, 2, 4, 4),
+                "mlp_ratios": (4, 4, 4, 4),
+                "normalization": "inception",
+                "crop_ratio": None,
+                "drop_path_rate": 0.05,
+            },
+            segmentation={"channels": 48},
+            epochs=20,
+            batch_size=32,
+            learning_rate=3e-3,
+            warmup_epochs=1,
+            weight_decay=0.05,
+            random_affine={"rotation_degrees": 10.0, "zoom": 0.1, "shift": 0.1},
             clip_norm=1.0,
         ),
         Recipe(
