@@ -229,31 +229,21 @@ def predict(
     directory: Served,
     images: Annotated[list[Path], typer.Argument(help="Image files or folders.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 3,
+    label_maps: Annotated[
+        Path | None, typer.Option(help="Folder for label maps (segmentation).")
+    ] = None,
 ) -> None:
-    """Classify image files with the exported model, in the C++ runtime."""
+    """Ask the exported model about image files, in the C++ runtime."""
     files = [file for path in images for file in _image_files(path)]
 
-    from tqdm.auto import tqdm
+    from export.predict import predict_files
 
-    from export import Runtime, StatusError
-    from export.session import strings
-
-    rows, damaged = [], []
-    with Runtime(_version(directory)) as runtime:
-        for file in tqdm(files, unit=" images", disable=len(files) < 10):
-            try:
-                data = strings([file.read_bytes()])
-                answer = runtime.run("image_bytes", image_bytes=data)
-            except StatusError as error:
-                if error.code != "INVALID_ARGUMENT":
-                    raise
-                damaged.append(str(file))
-                continue
-            pairs = zip(answer["classes"][0], answer["scores"][0], strict=True)
-            best = [f"{name.decode()} {score:.1%}" for name, score in pairs]
-            rows.append([str(file), *best[:top]])
+    answers = list(predict_files(_version(directory), files, top, label_maps))
+    rows = [[str(file), *answer] for file, answer in answers if answer is not None]
+    damaged = [str(file) for file, answer in answers if answer is None]
     if rows:
-        table = Table("file", *(f"{i}." for i in range(1, len(rows[0]))))
+        width = max(len(row) for row in rows)
+        table = Table("file", *(f"{i}." for i in range(1, width)))
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -351,12 +341,11 @@ def _print_report(report) -> None:
 def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path]:
     """Classify every held-out image through the artifact; picture of the first 24."""
     import numpy as np
-    from matplotlib.figure import Figure
-    from PIL import Image
     from tqdm.auto import tqdm
 
     from export import Runtime
     from export.session import strings
+    from training.picture import draw_answers
 
     examples = list(data.stream("validation").as_numpy_iterator())
     files = [data.read(handle) for handle, _ in examples]
@@ -376,23 +365,13 @@ def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path
     wrong = [i for i, name in enumerate(classes) if name != truth[i]]
     right = [i for i in range(len(files)) if i not in wrong]
     shown = [*right[: max(0, 24 - len(wrong))], *wrong]
-    figure = Figure(figsize=(8, 6.2), layout="constrained")
-    grid = figure.subplots(4, 6)
-    figure.suptitle("Held-out digits, answered by the exported model (wrong: all, red)")
-    for axes, i in zip(grid.flat, shown, strict=False):
-        path = folder / f"{i:03d}_is_{truth[i]}.png"
+    shown = shown[:24]
+    paths = [folder / f"{i:03d}_is_{truth[i]}.png" for i in shown]
+    for path, i in zip(paths, shown, strict=True):
         path.write_bytes(files[i])
-        grey = np.asarray(Image.open(path).convert("L"))
-        axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        right = classes[i] == truth[i]
-        text = f"{classes[i]}  {scores[i]:.0%}" + (
-            "" if right else f"  (is {truth[i]})"
-        )
-        axes.set_title(text, fontsize=10, color="black" if right else "crimson")
-    for axes in grid.flat:
-        axes.set_axis_off()
     picture = directory / "predictions.png"
-    figure.savefig(picture, dpi=120)
+    answers = [(classes[i], scores[i], truth[i]) for i in shown]
+    draw_answers(paths, answers, picture)
     return float(np.mean(np.array(classes) == truth)), picture
 
 

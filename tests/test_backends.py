@@ -22,7 +22,9 @@ FILES = [
     for name in [*(module.stem for module in LIBRARY), *OTHER_NAMES]
     if (path := TESTS / f"test_{name}.py").exists()
 ]
-PARITY = TESTS / "test_export.py::test_logits_in_the_cpp_session_are_those_of_the_model"
+EXPORT = TESTS / "test_export.py"
+PARITY = f"{EXPORT}::test_one_cpvt_artifact_answers_every_size"
+SLOW = f"{EXPORT}::test_every_position_is_exported"
 OTHERS = [
     name
     for name in ("tensorflow", "jax", "torch")
@@ -30,20 +32,27 @@ OTHERS = [
 ]
 
 
-@pytest.mark.skipif(
+one_backend = pytest.mark.skipif(
     os.environ.get("KERAS_VIT_ONE_BACKEND") == "1", reason="asked for one backend only"
 )
+
+
+@one_backend
 @pytest.mark.parametrize("backend", OTHERS)
 def test_on_another_backend(backend):
     assert len(FILES) >= 6
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "not slow",
-        *map(str, [*FILES, PARITY]),
-    ]
+    run(backend, "not slow", *FILES, PARITY)
+
+
+@one_backend
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OTHERS)
+def test_every_position_is_exported_from_another_backend(backend):
+    run(backend, "slow", SLOW)
+
+
+def run(backend, marks, *tests):
+    command = [sys.executable, "-m", "pytest", "-m", marks, *map(str, tests)]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
         cwd=TESTS.parent,

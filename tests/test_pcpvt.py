@@ -84,10 +84,10 @@ def test_drop_path_grows_over_all_blocks():
     np.testing.assert_allclose(rates, np.linspace(0, 0.6, 7))
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_fit_lowers_the_loss_in_mixed_precision(policy):
-    keras.config.set_dtype_policy(policy)
-    model = PCPVT("small", image_size=32, **{**SMALL, "num_classes": 4})
+def test_fit_lowers_the_loss_in_mixed_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    sizes = {**SMALL, "depths": (1, 1, 1, 1), "num_classes": 4}
+    model = PCPVT("small", image_size=32, **sizes)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-3), loss)
     x, y = draw(8, 32, 32, 3), np.arange(8) % 4
@@ -104,7 +104,7 @@ def test_without_peg_nothing_else_changes():
 
 
 def test_initialisation_is_that_of_twins():
-    model = PCPVT("small")
+    model = PCPVT("small", depths=(1, 1, 1, 1))
     peg = to_numpy(model.get_layer("stage3_peg").kernel)
     np.testing.assert_allclose(peg.std(), np.sqrt(2 / 9), rtol=0.05)
     patches = to_numpy(model.get_layer("stage3_patches").project.kernel)

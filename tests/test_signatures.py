@@ -9,6 +9,7 @@ from PIL import Image
 from test_export import draw, flip, png
 
 from export import Runtime, StatusError, export_saved_model, verify
+from export.predict import predict_files
 from export.session import strings
 from keras_vit import PCPVT, SemanticFPN, ViT
 
@@ -84,6 +85,20 @@ def test_verify_holds_and_a_flipped_weight_is_found(artifact):
 def test_what_is_no_image_is_an_error_status(runtime):
     with pytest.raises(StatusError, match="INVALID_ARGUMENT"):
         runtime.run("image_bytes", image_bytes=strings([b"no image"]))
+
+
+def test_files_are_described_by_the_classes_of_their_pixels(artifact, tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good.write_bytes(png(40, 56))
+    bad.write_bytes(b"no image")
+    folder = tmp_path / "maps"
+    answers = dict(predict_files(artifact, [good, bad], 2, folder))
+    assert answers[bad] is None
+    saved = np.asarray(Image.open(folder / "good_labels.png"))
+    assert saved.shape == (40, 56)
+    largest = np.bincount(saved.reshape(-1)).argmax()
+    share = (saved == largest).mean()
+    assert answers[good][0] == f"{'abcde'[largest]} {share:.1%} of pixels"
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ import tensorflow as tf
 from tqdm.auto import tqdm
 
 from keras_vit.embedding import Preprocess
+from keras_vit.encoder import unknown
 from training.preprocess import decode, decode_mask, resize, resize_mask
-from training.recipe import unknown
 
 NAMES = ("digits", "digit_scenes:SIZE", "tfds:NAME", "folder:PATH")
 SHUFFLE_BUFFER = 16_384  # encoded images, about 2 GB of ImageNet

@@ -1,5 +1,6 @@
-"""A picture of what a segmentation model says of held-out images."""
+"""Pictures of what a model says of held-out images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -14,6 +15,35 @@ COLOURS = (
     *("#1b1b1f", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00"),
     *("#cc79a7", "#f7f7f7", "#9a6bff", "#999933"),
 )
+
+
+def draw_answers(
+    files: Sequence[Path], answers: Sequence[tuple[str, float, str]], path: Path
+) -> None:
+    """Write a picture: up to 24 images with what a classifier says of them.
+
+    Args:
+        files: Image files.
+        answers: Class, score and true class of each; the wrong ones are red.
+        path: PNG file.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(8, 6.2), layout="constrained")
+    grid = figure.subplots(4, 6)
+    figure.suptitle("Held-out digits, answered by the exported model (wrong: all, red)")
+    for axes, file, (name, score, truth) in zip(
+        grid.flat, files, answers, strict=False
+    ):
+        with Image.open(file) as image:
+            axes.imshow(np.asarray(image.convert("L")), cmap="gray", vmin=0, vmax=255)
+        right = name == truth
+        text = f"{name}  {score:.0%}" + ("" if right else f"  (is {truth})")
+        axes.set_title(text, fontsize=10, color="black" if right else "crimson")
+    for axes in grid.flat:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=120)
 
 
 def draw_segmentation(

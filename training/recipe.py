@@ -1,7 +1,6 @@
 """A recipe says everything that a training run needs, as data."""
 
 import dataclasses
-import difflib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import keras
 
 import keras_vit
+from keras_vit.encoder import unknown
 
 PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 
@@ -145,14 +145,6 @@ def families() -> list[str]:
         if inspect.isfunction(function)
         and hasattr(sys.modules[function.__module__], "VARIANTS")
     ]
-
-
-def unknown(what: str, name: str, known) -> str:
-    """Sentence for a name that is not one of `known`, with the nearest that is."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    listed = ", ".join(repr(x) for x in known)
-    return f"{what} must be one of {listed}, got {name!r}.{hint}"
 
 
 def find_recipe(name: str) -> Recipe:

@@ -1,0 +1,77 @@
+"""What an exported model says of image files, in words."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from export.runtime import Runtime
+from export.session import StatusError, strings
+
+
+def predict_files(
+    directory: str | Path,
+    files: Sequence[Path],
+    top: int = 3,
+    label_maps: str | Path | None = None,
+) -> Iterator[tuple[Path, list[str] | None]]:
+    """Ask an exported model about files, one by one, in the C++ runtime.
+
+    Args:
+        directory: The version directory.
+        files: Image files.
+        top: Number of classes to name.
+        label_maps: Folder in which a model of label maps leaves a PNG for each file;
+            None for none. It is made as soon as it is needed.
+
+    Yields:
+        The file, and its best classes with their scores, or the largest classes with
+        their share of the pixels; None for a file that cannot be decoded.
+
+    Raises:
+        ValueError: If `label_maps` is given and the model answers with classes.
+        StatusError: If the runtime fails otherwise.
+    """
+    manifest = Path(directory) / "assets.extra" / "manifest.json"
+    with Runtime(directory) as runtime:
+        outputs = runtime.signatures["image_bytes"]["outputs"]
+        if label_maps is not None and "label_map_bytes" not in outputs:
+            raise ValueError(
+                f"{directory} must answer with label maps for them to be saved, it "
+                f"answers with {', '.join(sorted(outputs))}."
+            )
+        for file in tqdm(files, unit=" images", disable=len(files) < 10):
+            data = strings([file.read_bytes()])
+            try:
+                answer = runtime.run("image_bytes", image_bytes=data)
+            except StatusError as error:
+                if error.code != "INVALID_ARGUMENT":
+                    raise
+                yield file, None
+                continue
+            if "classes" in answer:
+                yield file, _best(answer, top)
+                continue
+            png = bytes(answer["label_map_bytes"][0])
+            if label_maps is not None:
+                folder = Path(label_maps)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{file.stem}_labels.png").write_bytes(png)
+            yield file, _shares(png, json.loads(manifest.read_text())["labels"], top)
+
+
+def _best(answer, top):
+    pairs = zip(answer["classes"][0], answer["scores"][0], strict=True)
+    return [f"{name.decode()} {score:.1%}" for name, score in pairs][:top]
+
+
+def _shares(png, labels, top):
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    shares = np.bincount(pixels.reshape(-1), minlength=len(labels)) / pixels.size
+    largest = [i for i in np.argsort(-shares)[:top] if shares[i] > 0]
+    return [f"{labels[i]} {shares[i]:.1%} of pixels" for i in largest]
