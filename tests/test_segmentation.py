@@ -61,8 +61,22 @@ def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path, kind):
     np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_has_float32_logits(policy):
+    x = draw(1, 50, 37, 3)
+    single = SemanticFPN(backbone("PCPVT"), 5, channels=16)
+    keras.config.set_dtype_policy(policy)
+    half = SemanticFPN(backbone("PCPVT"), 5, channels=16)
+    half.set_weights(single.get_weights())
+    logits = half(x)
+    assert half.get_layer("fpn0_output").compute_dtype == policy.removeprefix("mixed_")
+    assert keras.backend.standardize_dtype(logits.dtype) == "float32"
+    expected = to_numpy(single(x))
+    difference = np.abs(to_numpy(logits) - expected).max() / np.abs(expected).max()
+    assert 0 < difference < 0.1
+
+
 def test_fit_learns_where_the_object_is():
-    keras.config.set_dtype_policy("mixed_bfloat16")
     rng = np.random.default_rng(0)
     x = np.zeros((16, 32, 32, 3), "float32")
     y = np.zeros((16, 32, 32), "int32")
