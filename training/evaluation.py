@@ -1,6 +1,7 @@
 """How good a model is on the held-out part of a dataset."""
 
 import keras
+from tqdm.auto import tqdm
 
 from training.data import Dataset, validation_batches
 from training.task import check_fits, objective, preprocess_for
@@ -33,5 +34,12 @@ def evaluate(
     loss, metrics = objective(model)
     model.compile(loss=loss, metrics=metrics)
     batches = validation_batches(data, preprocess, batch_size)
-    with data.naming_damaged_files():
-        return model.evaluate(batches, return_dict=True)
+    steps = -(-data.sizes["validation"] // batch_size)
+    bar = tqdm(total=steps, unit=" batches", desc="evaluate", dynamic_ncols=True)
+    progress = keras.callbacks.LambdaCallback(
+        on_test_batch_end=lambda batch, logs: bar.update()
+    )
+    with data.naming_damaged_files(), bar:
+        return model.evaluate(
+            batches, callbacks=[progress], return_dict=True, verbose=0
+        )
