@@ -1,7 +1,7 @@
 """The same tests on every other backend that is installed, each in a child process.
 
 `pytest` runs the backend of KERAS_BACKEND in its own process; a process of Keras has
-one. Only what is backend-agnostic runs again: the library, the fit loop, losses and
+one. The children work beside it: they are started first and asked last. Only what is backend-agnostic runs again: the library, the fit loop, losses and
 metrics, the optimizer, and the export of a model of that backend.
 """
 
@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import keras
@@ -37,29 +38,62 @@ one_backend = pytest.mark.skipif(
 )
 
 
+def start(backend, marks, *tests):
+    """Run the tests in a child process, by the side of those of this one."""
+    log = tempfile.TemporaryFile("w+")
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "KERAS_VIT_ONE_BACKEND": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of code that runs once
+        "OMP_NUM_THREADS": "1",  # PyTorch's threads wait for each other by spinning
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks]
+    child = subprocess.Popen(
+        [*command, *map(str, tests)],
+        cwd=TESTS.parent,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return child, log
+
+
+def finish(child, log):
+    status = child.wait()
+    log.seek(0)
+    tail = log.read()[-6000:]
+    print(tail.strip().splitlines()[-1])
+    assert status == 0, tail
+
+
+@pytest.fixture(scope="session")
+def children():
+    """The quick tests on every other backend; conftest.py starts them first."""
+    started = {
+        backend: start(backend, "not slow", *FILES, PARITY) for backend in OTHERS
+    }
+    yield started
+    for child, _ in started.values():
+        child.kill()
+
+
+@one_backend
+def test_other_backends_start(children):
+    """First of all tests (conftest.py), so that the others run beside them."""
+    assert len(FILES) >= 6
+    assert all(child.poll() is None for child, _ in children.values())
+
+
 @one_backend
 @pytest.mark.parametrize("backend", OTHERS)
-def test_on_another_backend(backend):
-    assert len(FILES) >= 6
-    run(backend, "not slow", *FILES, PARITY)
+def test_on_another_backend(backend, children):
+    finish(*children[backend])
 
 
 @one_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", OTHERS)
 def test_every_position_is_exported_from_another_backend(backend):
-    run(backend, "slow", SLOW)
-
-
-def run(backend, marks, *tests):
-    command = [sys.executable, "-m", "pytest", "-m", marks, *map(str, tests)]
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        cwd=TESTS.parent,
-        env={**os.environ, "KERAS_BACKEND": backend},
-        capture_output=True,
-        text=True,
-    )
-    tail = result.stdout[-6000:]
-    print(backend, tail.strip().splitlines()[-1])
-    assert result.returncode == 0, tail
+    finish(*start(backend, "slow", SLOW))
