@@ -1,8 +1,9 @@
 """The same tests on every other backend that is installed, each in a child process.
 
 `pytest` runs the backend of KERAS_BACKEND in its own process; a process of Keras has
-one. The children work beside it: they are started first and asked last. Only what is backend-agnostic runs again: the library, the fit loop, losses and
-metrics, the optimizer, and the export of a model of that backend.
+one. The children work beside it: they are started first and asked last. Only what is
+backend-agnostic runs again: the library, the fit loop, losses and metrics, the
+optimizer, and the export of a model of that backend.
 """
 
 import importlib.util
