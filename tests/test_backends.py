@@ -71,10 +71,18 @@ def finish(child, log):
 
 @pytest.fixture(scope="session")
 def children():
-    """The quick tests on every other backend; conftest.py starts them first."""
-    started = {
-        backend: start(backend, "not slow", *FILES, PARITY) for backend in OTHERS
-    }
+    """The quick tests on every other backend."""
+    yield from running("not slow and not heavy", *FILES, PARITY)
+
+
+@pytest.fixture(scope="session")
+def slow_children():
+    """The others."""
+    yield from running("slow or heavy", *FILES, SLOW)
+
+
+def running(marks, *tests):
+    started = {backend: start(backend, marks, *tests) for backend in OTHERS}
     yield started
     for child, _ in started.values():
         child.kill()
@@ -95,6 +103,12 @@ def test_on_another_backend(backend, children):
 
 @one_backend
 @pytest.mark.slow
+def test_slow_other_backends_start(slow_children):
+    assert all(child.poll() is None for child, _ in slow_children.values())
+
+
+@one_backend
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", OTHERS)
-def test_every_position_is_exported_from_another_backend(backend):
-    finish(*start(backend, "slow", SLOW))
+def test_slow_on_another_backend(backend, slow_children):
+    finish(*slow_children[backend])

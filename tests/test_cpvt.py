@@ -72,6 +72,7 @@ def draw(*shape):
     return np.random.default_rng(0).uniform(0, 255, size=shape).astype("float32")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -97,6 +98,7 @@ def test_pegs_stand_where_they_are_put():
     assert order == ["peg_before", "block0", "peg0", "block1", "block2", "peg2"]
 
 
+@pytest.mark.heavy
 def test_any_size_equals_the_model_built_for_that_size(tmp_path):
     dynamic = small(pool="mean", peg_positions=(0, 1))
     dynamic.save_weights(tmp_path / "any.weights.h5")

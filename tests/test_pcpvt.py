@@ -47,6 +47,7 @@ def test_outputs_equal_timm(image_size):
     np.testing.assert_allclose(features, golden["features"], atol=1e-4)
 
 
+@pytest.mark.heavy
 def test_stages_are_maps_of_strides_4_8_16_32():
     model = PCPVT("small", **SMALL)
     maps = [model.get_layer(f"stage{i}").output for i in range(4)]
@@ -55,6 +56,7 @@ def test_stages_are_maps_of_strides_4_8_16_32():
     assert shapes == [(1, 16, 24, 16), (1, 8, 12, 32), (1, 4, 6, 40), (1, 2, 3, 64)]
 
 
+@pytest.mark.heavy
 def test_sizes_that_do_not_divide_are_padded_never_cropped():
     model = PCPVT("small", **SMALL)
     maps = [model.get_layer(f"stage{i}").output for i in range(4)]
@@ -70,6 +72,7 @@ def test_sizes_that_do_not_divide_are_padded_never_cropped():
     np.testing.assert_allclose(model.predict_on_batch(padded), logits, atol=1e-4)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kwargs", [{}, {"image_size": (64, 32), "dropout": 0.1}])
 def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path, kwargs):
     model = PCPVT("small", drop_path_rate=0.1, **SMALL, **kwargs)
@@ -86,6 +89,7 @@ def test_drop_path_grows_over_all_blocks():
     np.testing.assert_allclose(rates, np.linspace(0, 0.6, 7))
 
 
+@pytest.mark.heavy
 def test_fit_lowers_the_loss_in_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     sizes = {**SMALL, "depths": (1, 1, 1, 1), "num_classes": 4}
@@ -105,6 +109,7 @@ def test_without_peg_nothing_else_changes():
     assert names == set(pegs)
 
 
+@pytest.mark.heavy
 def test_initialisation_is_that_of_twins():
     model = PCPVT("small", depths=(1, 1, 1, 1))
     peg = to_numpy(model.get_layer("stage3_peg").kernel)

@@ -39,6 +39,7 @@ def test_a_pyramid_has_four_maps_each_half_the_one_before(kind, stride):
     assert sides == [(64 // stride // 2**i, 96 // stride // 2**i) for i in range(4)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pixel_gets_logits_at_any_size(kind):
     model = SemanticFPN(backbone(kind), 5, channels=16)
@@ -51,6 +52,7 @@ def test_every_pixel_gets_logits_at_any_size(kind):
     assert np.abs(model.predict_on_batch(changed) - logits)[:, -1, -1].max() > 1e-6
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path, kind):
     model = SemanticFPN(backbone(kind), 5, channels=16)
@@ -60,6 +62,7 @@ def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path, kind):
     np.testing.assert_array_equal(loaded.predict_on_batch(x), model.predict_on_batch(x))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_has_float32_logits(policy):
     x = draw(1, 50, 37, 3)
@@ -75,6 +78,7 @@ def test_mixed_precision_has_float32_logits(policy):
     assert 0 < difference < 0.1
 
 
+@pytest.mark.heavy
 def test_fit_learns_where_the_object_is():
     rng = np.random.default_rng(0)
     x = np.zeros((16, 32, 32, 3), "float32")

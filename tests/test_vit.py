@@ -231,6 +231,7 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
         ViT("tiny", image_size=40)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_position_trains_a_step_saves_and_reloads(tmp_path, position):
     # The mean: no one reads the class token's relative positions in the last block.
@@ -251,6 +252,7 @@ def test_every_position_trains_a_step_saves_and_reloads(tmp_path, position):
     keras.Model(model.input, model.get_layer("block1").output)(x)  # can be cut
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_position_gives_a_static_size_what_it_gives_a_dynamic_one(
     tmp_path, position
