@@ -60,6 +60,11 @@ class Runtime:
         self.signatures = header["signatures"]
         self.ops = header["ops"]
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still answers."""
+        return self._process.poll() is None
+
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run a signature; strings are arrays of dtype object that hold bytes.
 

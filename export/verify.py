@@ -106,7 +106,7 @@ def _checks(directory: Path) -> Iterator[Check]:
     except (StatusError, RuntimeCrashError) as error:
         yield Check("loads in the C++ runtime", False, str(error))
         return
-    with runtime:
+    try:
         yield Check("loads in the C++ runtime", True, "XLA forbidden, as in the server")
         yield _check_signatures(runtime, contract_of(runtime.signatures))
         yield _check_ops(runtime)
@@ -115,7 +115,13 @@ def _checks(directory: Path) -> Iterator[Check]:
         if manifest is not None:
             yield _check_weights(directory, manifest)
             yield from _check_parity(runtime, manifest)
-    yield from _check_hostile(directory, runtime.signatures)
+        for name, signature, inputs, acceptable in hostile_requests(runtime.signatures):
+            if not runtime.is_alive:  # each request is on its own
+                runtime.close()
+                runtime = Runtime(directory)
+            yield _check_request(runtime, name, signature, inputs, acceptable)
+    finally:
+        runtime.close()
 
 
 def contract_of(signatures: dict) -> dict:
@@ -277,22 +283,14 @@ def _hostile_images(shape: Sequence[int]) -> Iterator[tuple[str, np.ndarray, boo
         yield f"of {dtype}", np.zeros((1, height, width, 3), dtype), False
 
 
-def _check_hostile(directory: Path, signatures: dict) -> Iterator[Check]:
-    """Send each request; a process that dies is replaced, so each is on its own."""
-    runtime = Runtime(directory)
+def _check_request(runtime, name, signature, inputs, acceptable) -> Check:
     try:
-        for name, signature, inputs, acceptable in hostile_requests(signatures):
-            try:
-                outputs = runtime.run(signature, **inputs)
-                rows = next(iter(inputs.values())).shape[:1]
-                right = all(x.shape[:1] == rows for x in outputs.values())
-                detail = "rows out = rows in" if right else "rows out != rows in"
-                yield Check(name, acceptable and right, detail)
-            except StatusError as error:
-                yield Check(name, True, error.code)
-            except RuntimeCrashError as error:
-                yield Check(name, False, str(error))
-                runtime.close()
-                runtime = Runtime(directory)
-    finally:
-        runtime.close()
+        outputs = runtime.run(signature, **inputs)
+    except StatusError as error:
+        return Check(name, True, error.code)
+    except RuntimeCrashError as error:
+        return Check(name, False, str(error))
+    rows = next(iter(inputs.values())).shape[:1]
+    right = all(x.shape[:1] == rows for x in outputs.values())
+    detail = "rows out = rows in" if right else "rows out != rows in"
+    return Check(name, acceptable and right, detail)
