@@ -122,8 +122,9 @@ class RelativePositionBias(layers.Layer):
     def call(self, tokens, grid):
         height, width = ops.shape(grid)[1:3]
         spans = 2 * height - 1, 2 * width - 1
-        columns, rows = places(*spans)
-        distances = ops.stack([columns - (width - 1), rows - (height - 1)], axis=-1)
+        place = ops.arange(spans[0] * spans[1], dtype="int32")
+        right, down = place % spans[1] - (width - 1), place // spans[1] - (height - 1)
+        distances = ops.cast(ops.stack([right, down], axis=-1), "float32")
         scaled = ops.sign(distances) * ops.log(1 + ops.abs(distances))
         biases = self.reduce(self.expand(scaled))  # (spans, H)
 
