@@ -8,11 +8,14 @@ from keras_vit.embedding import (
     PixelNormalization,
     PrefixTokens,
 )
-from keras_vit.head import AttentionPool, MeanPool, TokenPool
+from keras_vit.head import AttentionPool, MeanPool, TokenMax, TokenPool
+from keras_vit.lvvit import LVViT
+from keras_vit.mixtoken import MixToken
 from keras_vit.pcpvt import PCPVT
 from keras_vit.position import PEG, LearnedPosition, SinCosPosition
 from keras_vit.relative import RelativePositionBias, RotaryPosition
 from keras_vit.segmentation import SemanticFPN, feature_pyramid
+from keras_vit.stem import ConvStem
 from keras_vit.transformer import MLP, LayerScale, PyramidBlock, TransformerBlock
 from keras_vit.vit import ViT
 
@@ -24,10 +27,13 @@ __all__ = [
     "PCPVT",
     "PEG",
     "AttentionPool",
+    "ConvStem",
     "FeatureMap",
+    "LVViT",
     "LayerScale",
     "LearnedPosition",
     "MeanPool",
+    "MixToken",
     "PatchEmbedding",
     "PixelNormalization",
     "PrefixTokens",
@@ -38,6 +44,7 @@ __all__ = [
     "SemanticFPN",
     "SinCosPosition",
     "SpatialReductionAttention",
+    "TokenMax",
     "TokenPool",
     "TransformerBlock",
     "ViT",

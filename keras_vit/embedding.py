@@ -127,6 +127,23 @@ class PixelNormalization(layers.Layer):
         return images * ops.array(scale, dtype) + ops.array(offset, dtype)
 
 
+def check_patches(patch_size, height, width):
+    """Raise a ValueError if patches do not fill a static height or width."""
+    sides = [side for side in (height, width) if side is not None]
+    if any(side < 1 or side % patch_size for side in sides):
+        raise ValueError(
+            f"patch_size={patch_size} must divide the image height and width, "
+            f"got {height} x {width}."
+        )
+
+
+def grid_shape(images_shape, patch_size, embed_dim):
+    """Static shape of the grid of patches; a side that is not whole is rounded up."""
+    batch, height, width, _ = images_shape
+    sides = [None if x is None else -(-x // patch_size) for x in (height, width)]
+    return (batch, *sides, embed_dim)
+
+
 @serializable
 class PatchEmbedding(layers.Layer):
     """Cut an image into P x P patches and project each one to D channels.
@@ -162,13 +179,8 @@ class PatchEmbedding(layers.Layer):
 
     def build(self, images_shape):
         _, height, width, channels = images_shape
-        sides = [side for side in (height, width) if side is not None]
-        if any(side < 1 or side % self.patch_size for side in sides):
-            raise ValueError(
-                f"patch_size={self.patch_size} must divide the image height and width, "
-                f"got {height} x {width}."
-            )
-        self.pads = len(sides) < 2
+        check_patches(self.patch_size, height, width)
+        self.pads = None in (height, width)
         fans = self.patch_size**2 * channels, self.patch_size**2 * self.embed_dim
         self.project = layers.Dense(
             self.embed_dim,
@@ -180,10 +192,7 @@ class PatchEmbedding(layers.Layer):
         self.project.build((None, fans[0]))
 
     def compute_output_shape(self, images_shape):
-        batch, height, width, _ = images_shape
-        patch = self.patch_size
-        grid = [None if side is None else -(-side // patch) for side in (height, width)]
-        return (batch, *grid, self.embed_dim)
+        return grid_shape(images_shape, self.patch_size, self.embed_dim)
 
     def call(self, images):
         batch, height, width, channels = ops.shape(images)

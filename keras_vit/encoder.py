@@ -34,6 +34,7 @@ class Encoder:
         layer_scale: Start value of LayerScale; None for none.
         gelu: `"exact"` or `"tanh"`.
         epsilon: Added to the variance by every LayerNorm.
+        residual_scale: Divisor of both branches of every block.
         constant_drop_path: Whether every block has the drop path of the last one.
         initialization: Key of `keras_vit.initialization.INITIALIZATIONS`.
         distillation_token: Whether there is a distillation token with its own head.
@@ -51,6 +52,7 @@ class Encoder:
     layer_scale: float | None = None
     gelu: str = "exact"
     epsilon: float = 1e-6
+    residual_scale: float = 1.0
     constant_drop_path: bool = False
     initialization: str = "jax"
     distillation_token: bool = False
@@ -210,6 +212,7 @@ def blocks(
             epsilon=row.epsilon,
             initialization=row.initialization,
             position=position,
+            residual_scale=row.residual_scale,
             name=f"block{i}",
         )
         tokens = block(tokens) if position is None else block(tokens, grid)

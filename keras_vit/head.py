@@ -68,6 +68,40 @@ class MeanPool(layers.Layer):
 
 
 @serializable
+class TokenMax(layers.Layer):
+    """Add what the most certain token says of each class to what the image says.
+
+        logits = class_logits + weight * max over tokens of token_logits
+
+    Source: inference of the paper's code, https://github.com/zihangJiang/TokenLabeling,
+    of Jiang et al. 2021, "All Tokens Matter", https://arxiv.org/abs/2104.10858.
+
+    Args:
+        weight: Weight of the tokens.
+
+    Call arguments:
+        class_logits: `(B, C)`.
+        token_logits: `(B, h, w, C)`.
+
+    Returns:
+        `(B, C)`.
+    """
+
+    def __init__(self, weight=0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.weight = weight
+
+    def build(self, class_logits_shape, token_logits_shape):
+        pass
+
+    def compute_output_shape(self, class_logits_shape, token_logits_shape):
+        return class_logits_shape
+
+    def call(self, class_logits, token_logits):
+        return class_logits + self.weight * ops.max(token_logits, axis=(1, 2))
+
+
+@serializable
 class AttentionPool(layers.Layer):
     """Multi-head attention pooling: a learned probe asks all patch tokens.
 

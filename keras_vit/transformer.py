@@ -117,13 +117,14 @@ class MLP(layers.Layer):
 class TransformerBlock(layers.Layer):
     """Pre-norm transformer block with stochastic depth and, if wanted, LayerScale.
 
-        z' = z  + DropPath(scale1 * MSA(LN(z)))     (2)
-        z  = z' + DropPath(scale2 * MLP(LN(z')))    (3)
+        z' = z  + DropPath(scale1 * MSA(LN(z))) / s     (2)
+        z  = z' + DropPath(scale2 * MLP(LN(z'))) / s    (3)
 
     Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", equations 2-3,
     https://arxiv.org/abs/2010.11929. DropPath is stochastic depth, Huang et al. 2016,
     https://arxiv.org/abs/1603.09382: a sample skips the branch, and the branches that
-    remain are divided by the probability of remaining.
+    remain are divided by the probability of remaining. s is the residual divisor of
+    LV-ViT, Jiang et al. 2021, https://arxiv.org/abs/2104.10858; 1 in all other models.
 
     Args:
         num_heads: Number of attention heads; must divide D.
@@ -138,6 +139,7 @@ class TransformerBlock(layers.Layer):
         epsilon: Added to the variance by every LayerNorm.
         initialization: Key of `INITIALIZATIONS`.
         position: `"relative"`, `"rotary"` or None, as in `SelfAttention`.
+        residual_scale: s, the divisor of both branches; positive.
 
     Call arguments:
         tokens: `(B, N, D)`.
@@ -147,8 +149,8 @@ class TransformerBlock(layers.Layer):
         `(B, N, D)`.
 
     Raises:
-        ValueError: If `num_heads` does not divide D, or `gelu` or `position` is
-            unknown.
+        ValueError: If `num_heads` does not divide D, `gelu` or `position` is unknown,
+            or `residual_scale` is not positive.
     """
 
     def __init__(
@@ -165,10 +167,14 @@ class TransformerBlock(layers.Layer):
         epsilon=1e-6,
         initialization="jax",
         position=None,
+        residual_scale=1.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if residual_scale <= 0:
+            raise ValueError(f"residual_scale must be positive, got {residual_scale}.")
         policy = self.dtype_policy
+        self.residual_scale = residual_scale
         self.norm1 = layers.LayerNormalization(
             epsilon=epsilon, dtype=policy, name="norm1"
         )
@@ -220,7 +226,10 @@ class TransformerBlock(layers.Layer):
     def _add(self, tokens, branch, scale, training):
         if scale is not None:
             branch = scale(branch)
-        return tokens + self.drop_path(branch, training=training)
+        branch = self.drop_path(branch, training=training)
+        if self.residual_scale != 1:
+            branch = branch / self.residual_scale
+        return tokens + branch
 
 
 @serializable

@@ -79,6 +79,32 @@ def vit(state, depth):
     return weights
 
 
+def lvvit(state, depth):
+    """TokenLabeling's `LV_ViT`; its auxiliary head is our token head."""
+    weights = {
+        **patches("patches/project", "patch_embed.proj", state),
+        **norm("norm", "norm", state),
+        **dense("head", "head", state),
+        **dense("token_head", "aux_head", state),
+        "tokens/class_token": state["cls_token"],
+        "position/table": state["pos_embed"],
+    }
+    for i in (1, 2, 3):
+        kernel = state[f"patch_embed.conv{i}.weight"].transpose(2, 3, 1, 0)
+        ours, theirs = f"patches/norm{i}", f"patch_embed.bn{i}"
+        weights[f"patches/convolution{i}/kernel"] = kernel
+        weights |= norm(ours, theirs, state)
+        weights[f"{ours}/moving_mean"] = state[f"{theirs}.running_mean"]
+        weights[f"{ours}/moving_variance"] = state[f"{theirs}.running_var"]
+    for i in range(depth):
+        ours, theirs = f"block{i}", f"blocks.{i}"
+        weights |= mlp(ours, theirs, state)
+        kernel = state[f"{theirs}.attn.qkv.weight"].T
+        weights[f"{ours}/attention/qkv/kernel"] = kernel
+        weights |= dense(f"{ours}/attention/project", f"{theirs}.attn.proj", state)
+    return weights
+
+
 def pcpvt(state, depths):
     """timm's `Twins` with spatial-reduction attention."""
     weights = {**norm("norm", "norm", state), **dense("head", "head", state)}

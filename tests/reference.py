@@ -130,3 +130,13 @@ def relative_bias(height, width, hidden, hidden_bias, out):
             scaled = np.sign(distance) * np.log(1 + np.abs(distance))
             bias[:, i, j] = np.maximum(scaled @ hidden + hidden_bias, 0) @ out
     return bias
+
+
+def mixtoken_box(grid, kept, centre):
+    """Rows and columns of the box of MixToken (LV-ViT), lambda = `kept`."""
+    edges = []
+    for side, middle in zip(grid, centre, strict=True):
+        length = int(side * np.sqrt(1 - kept))
+        first, last = middle - length // 2, middle + length // 2
+        edges.append((max(first, 0), min(last, side)))
+    return edges
