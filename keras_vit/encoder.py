@@ -79,7 +79,7 @@ def choose(variants, variant, overrides):
 
 def unknown(what, name, known):
     """Sentence for a name that is not one of `known`, with the nearest that is."""
-    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    nearest = difflib.get_close_matches(str(name), map(str, known), n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     listed = ", ".join(repr(x) for x in known)
     return f"{what} must be one of {listed}, got {name!r}.{hint}"

@@ -8,8 +8,14 @@ import tensorflow as tf
 from PIL import Image
 
 from keras_vit.embedding import PixelNormalization, Preprocess
-from training import Dataset, load_data, training_batches, validation_batches
-from training.augment import random_affine
+from training import (
+    Augmentation,
+    Dataset,
+    load_data,
+    training_batches,
+    validation_batches,
+)
+from training.data import subset
 from training.digits import read_digits
 from training.scenes import THRESHOLD
 
@@ -155,13 +161,32 @@ def test_augmentation_is_part_of_what_a_resumed_run_repeats(folder):
             10,
             epochs=2,
             first_epoch=first,
-            augment=lambda x, seed: random_affine(x, seed, 30.0, 0.2, 0.2),
+            augmentation=Augmentation(
+                random_affine={"rotation_degrees": 30.0, "zoom": 0.2, "shift": 0.2}
+            ),
         )
         return np.concatenate([x.numpy() for x, _ in batches])
 
     whole = images(0)
     np.testing.assert_array_equal(images(1), whole[40:])
     assert np.abs(whole - whole[:, :1, :1]).max() > 10  # borders of 0 came in
+
+
+def test_a_subset_is_drawn_by_its_seed_in_the_order_of_the_whole(folder):
+    data = load_data(f"folder:{folder}")
+    whole = [(x, y) for x, y in data.stream("train").as_numpy_iterator()]
+    some = subset(data, 12, seed=1)
+    assert some.sizes == {"train": 12, "validation": 5}
+    found = [(x, y) for x, y in some.stream("train").as_numpy_iterator()]
+    places = [whole.index(pair) for pair in found]
+    assert len(places) == 12 and places == sorted(set(places))
+    assert {label for _, label in found} == {0, 1}
+    again = subset(data, 12, seed=1).stream("train").as_numpy_iterator()
+    assert list(again) == found
+    assert list(subset(data, 12, seed=2).stream("train").as_numpy_iterator()) != found
+    assert order(training_batches(some, PREPROCESS, 12, epochs=1))
+    with pytest.raises(ValueError, match=r"train_images must be in 1\.\.45, .* got 46"):
+        subset(data, 46, seed=0)
 
 
 def test_wrong_names_and_folders_are_refused(tmp_path):
@@ -206,8 +231,10 @@ def test_masks_arrive_with_their_images():
 
 
 def test_masks_are_augmented_with_their_images():
-    augment = functools.partial(random_affine, shift=0.3)
-    batches = training_batches(few_scenes(), SCENES, 12, epochs=1, augment=augment)
+    augmentation = Augmentation(random_affine={"shift": 0.3})
+    batches = training_batches(
+        few_scenes(), SCENES, 12, epochs=1, augmentation=augmentation
+    )
     for images, masks in batches:
         images, masks = images.numpy()[..., 0], masks.numpy()
         outside = masks == 255

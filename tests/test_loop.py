@@ -207,13 +207,32 @@ def test_the_accelerator_decides_the_half_precision():
 SEGMENTATION = training.RECIPES["digits_segmentation"].replace(epochs=3, batch_size=16)
 
 
-def test_an_interrupted_segmentation_ends_as_if_undisturbed(tmp_path, monkeypatch):
-    data = few_scenes(size=32)
+TOKEN_LABELING = training.RECIPES["digits_token_labeling"].replace(
+    embed_dim=24, depth=1, num_heads=2, stem_width=4, train_images=45, mixup=0.2
+)
+TOKEN_LABELING = TOKEN_LABELING.replace(batch_size=15, warmup_epochs=0, epochs=3)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [SEGMENTATION, pytest.param(TOKEN_LABELING, marks=pytest.mark.heavy)],
+    ids=lambda recipe: recipe.name,
+)
+def test_an_interrupted_run_ends_as_if_undisturbed(tmp_path, monkeypatch, recipe):
+    if recipe is SEGMENTATION:
+        build, data = tiny_segmenter, few_scenes(size=32)
+    else:
+        data = training.load_data(recipe.data)
+
+        def build():
+            return recipe.build_model(10)
 
     def fit(run_dir):
-        return training.fit(tiny_segmenter, data, SEGMENTATION, tmp_path / run_dir)
+        network = training.fit(build, data, recipe, tmp_path / run_dir)
+        with np.load(tmp_path / run_dir / "state.npz") as file:
+            return network, {key: file[key] for key in file.files if key != "history"}
 
-    expected = state(fit("undisturbed"))
+    _, expected = fit("undisturbed")
     steps = iter(range(1, 1000))
     update = Progress.on_train_batch_end
 
@@ -225,14 +244,20 @@ def test_an_interrupted_segmentation_ends_as_if_undisturbed(tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Progress, "on_train_batch_end", interrupt)
         fit("interrupted")
-    final = state(fit("interrupted"))
-    for (key, value), other in zip(final.items(), expected.values(), strict=True):
-        np.testing.assert_array_equal(value, other, err_msg=key)
+    network, final = fit("interrupted")
+    assert final.keys() == expected.keys()
+    for key, value in final.items():
+        np.testing.assert_array_equal(value, expected[key], err_msg=key)
     rows = list(csv.DictReader((tmp_path / "interrupted/history.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert {"mean_iou", "val_mean_iou", "val_accuracy", "val_loss"} <= set(rows[0])
-    loaded = keras.saving.load_model(tmp_path / "interrupted/best.keras")
-    assert loaded.output_shape == (None, None, None, 11)
+    own = {"mean_iou", "val_mean_iou"}
+    if recipe is TOKEN_LABELING:
+        own = {"class_loss", "token_loss", "class_accuracy", "val_token_accuracy"}
+    assert {*own, "loss", "val_accuracy", "val_loss"} <= set(rows[0])
+    loaded = keras.saving.load_model(tmp_path / "interrupted/last.keras")
+    assert loaded.output_shape == network.output_shape
+    for ours, theirs in zip(loaded.weights, network.weights, strict=True):
+        np.testing.assert_array_equal(to_numpy(ours), to_numpy(theirs))
 
 
 @pytest.mark.parametrize("better", ["accuracy", "mean_iou"])

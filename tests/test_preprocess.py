@@ -8,7 +8,7 @@ from PIL import Image
 
 from keras_vit import ViT
 from keras_vit.embedding import Preprocess
-from training.preprocess import decode, decode_mask, resize, resize_mask
+from training.preprocess import decode, decode_mask, geometry, resize, resize_mask
 
 
 def photo(height, width, mode="RGB"):
@@ -98,6 +98,27 @@ def test_a_mask_stays_where_its_image_is(crop_ratio, shape):
             inner &= np.roll(labels, step, axis) == labels
     assert inner.mean() > 0.25
     assert (np.abs(pixels / 80 - labels) > 0.5)[inner].mean() < 0.01
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_ratio", [None, 0.6, 0.875, 1.0])
+@pytest.mark.parametrize("shape", [(80, 120), (130, 70), (31, 53)])
+def test_geometry_tells_where_each_pixel_came_from(interpolation, crop_ratio, shape):
+    """Three channels say where a pixel of the file is: x, y and 1, in 255ths."""
+
+    def points(height, width):
+        y, x = np.mgrid[0.5:height, 0.5:width]
+        return np.stack([x / width, y / height, np.ones_like(x)], -1)
+
+    preprocess = Preprocess((48, 64), crop_ratio, interpolation)
+    pixels = resize(tf.constant(points(*shape) * 255, tf.float32), preprocess) / 255
+    matrix = geometry(shape, preprocess).numpy()
+    np.testing.assert_array_equal(matrix, geometry(tf.constant(shape), preprocess))
+    inner = np.s_[4:-4, 4:-4]
+    expected = (points(48, 64) @ matrix.T)[inner]
+    np.testing.assert_allclose(pixels.numpy()[inner], expected, atol=2e-3)
+    if crop_ratio is None:
+        np.testing.assert_array_equal(matrix, np.eye(3))
 
 
 def test_masks_are_png_files_of_one_channel():

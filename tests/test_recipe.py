@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from training import RECIPES
-from training.recipe import find_recipe
+from training import RECIPES, TokenLabels
+from training.recipes import find_recipe
 
 
 def test_every_recipe_builds_its_model_and_says_where_it_comes_from():
@@ -21,6 +21,20 @@ def test_replace_takes_fields_of_the_recipe_and_arguments_of_the_model():
     assert recipe.epochs == 7
     assert recipe.model["depth"] == 2 and recipe.model["pool"] == "class"
     assert RECIPES["digits"].epochs != 7  # recipes are values
+
+
+def test_replace_reaches_the_augmentation_and_the_token_labeling():
+    recipe = RECIPES["digits_token_labeling"]
+    changed = recipe.replace(mixup=0.2, dense_weight=0.5, mix_token=None, depth=2)
+    assert changed.augmentation.mixup == 0.2
+    assert changed.augmentation.random_affine == recipe.augmentation.random_affine
+    assert changed.token_labeling == TokenLabels(dense_weight=0.5, mix_token=None)
+    assert changed.model["depth"] == 2 and recipe.augmentation.mixup == 0
+    assert recipe.replace(token_labeling=None).token_labeling is None
+    with pytest.raises(ValueError, match=r"got 'dense_weight'"):
+        RECIPES["digits"].replace(dense_weight=0.5)  # it labels no tokens
+    given = RECIPES["digits"].replace(token_labeling={"class_weight": 2})
+    assert given.token_labeling == TokenLabels(class_weight=2)
 
 
 def test_a_recipe_is_frozen():
@@ -70,6 +84,20 @@ def test_segmentation_wraps_the_model_of_any_family(family):
         ({"family": "VIT"}, "family must be one of .*'ViT'.* got 'VIT'. Did you mean"),
         ({"family": "SemanticFPN"}, "family must be .* got 'SemanticFPN'"),
         ({"seed": -1}, "seed must be an int >= 0, got -1"),
+        ({"train_images": 0}, "train_images must be positive or None, got 0"),
+        ({"mixup": -0.1}, "mixup must be a number >= 0, got -0.1"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"mix_up": 1.0}, "got 'mix_up'. Did you mean 'mixup'"),
+        (
+            {"token_labeling": {"dense": 1}},
+            "field of TokenLabels must be one of 'dense_weight', .* got 'dense'",
+        ),
+        (
+            {"token_labeling": {"mix_token": "papper"}},
+            "mix_token must be one of .* got 'papper'. Did you mean 'paper'",
+        ),
+        ({"token_labeling": {"class_labels": "map"}}, "Did you mean 'maps'"),
+        ({"token_labeling": {"class_weight": -1}}, "class_weight must be a number"),
     ],
 )
 def test_wrong_values_are_refused(change, message):

@@ -8,7 +8,14 @@ from test_data import few_scenes, tiny_segmenter, write_images
 
 import training
 from keras_vit import CPVT, ViT
-from training.task import objective, preprocess_for
+from keras_vit.embedding import Preprocess
+from training.task import (
+    network_of,
+    objective,
+    preprocess_for,
+    token_grid,
+    trainer,
+)
 
 NUM_CLASSES = 11
 
@@ -131,3 +138,29 @@ def test_a_model_and_data_that_do_not_fit_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="of 16 x 16 pixels only, got 32 x 32; one"):
         model = ViT("tiny", image_size=16, patch_size=8, depth=1, num_classes=2)
         training.evaluate(model, images, image_size=(32, 32))
+
+
+def test_token_labeling_trains_the_network_and_gives_it_back():
+    recipe = training.RECIPES["digits_token_labeling"].replace(
+        embed_dim=24, depth=1, num_heads=2, dense_weight=0.5, mix_token="unbiased"
+    )
+    network = recipe.build_model(10)
+    model = trainer(network, recipe)
+    assert network_of(model) is network and network_of(network) is network
+    assert model.labeling.dense_weight == 0.5 and model.mix.sides == "unbiased"
+    assert trainer(network, recipe.replace(mix_token=None)).mix is None
+    assert trainer(network, recipe.replace(token_labeling=None)) is network
+
+
+def test_tokens_that_are_labelled_are_those_of_the_model():
+    recipe = training.RECIPES["digits_token_labeling"]
+    preprocess = Preprocess((48, 30), None, "bilinear")
+    network = ViT("tiny", image_size=None, patch_size=8, depth=1, num_classes=3)
+    assert token_grid(network, preprocess, recipe) == (6, 4)
+    assert token_grid(network, preprocess, recipe.replace(token_labeling=None)) is None
+
+
+def test_a_model_without_tokens_cannot_have_them_labelled():
+    recipe = training.RECIPES["digits_token_labeling"]
+    with pytest.raises(ValueError, match=r"for a plain vision transformer .* got '.*"):
+        trainer(tiny_segmenter(), recipe)

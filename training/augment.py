@@ -1,57 +1,263 @@
-"""Augmentation of images, and of masks along with them, from a seed alone."""
+"""Augmentation by geometry, from a seed alone.
 
+Where each image came from is told by a matrix: `matrices`, float32 `(B, 3, 3)`, take a
+point of the output `(x, y, 1)` to its place in the input. Both are in unit coordinates:
+x runs from 0 at the left edge of the picture to 1 at the right, y from 0 at the top to
+1 at the bottom, and the centre of pixel i of W lies at (i + 0.5) / W. Steps compose by
+multiplication, the first step leftmost:
+
+    place in the file = crop @ flip @ rand_augment @ affine @ point
+
+so that masks (`warp_masks`) and score maps (`training.targets.token_labels`) can follow
+their image through all of it at once.
+
+A seed is int64 `(2,)`; the same seed draws the same. One seed may be given to several
+functions: each draws from a stream of its own.
+
+Shapes: B images of H x W pixels and C channels.
+"""
+
+import functools
 import math
 
+import numpy as np
 import tensorflow as tf
 
+from keras_vit.embedding import Preprocess
+from training.preprocess import crop_matrix, scaled
 
-def random_affine(
-    images: tf.Tensor,
+CROP, FLIP, RAND_AUGMENT, MIX = range(4)  # streams of a seed; `affines` has the bare
+ATTEMPTS = 10
+RAND_AUGMENT_OPS = 15  # of which the first five are the geometric ones:
+LARGEST = {  # at the highest level
+    "rotate": math.radians(30),
+    "shear_x": 0.3,  # pixels to the side for each pixel down
+    "shear_y": 0.3,
+    "translate_x": 0.45,  # of the width
+    "translate_y": 0.45,  # of the height
+}
+
+
+def random_resized_crop(
+    image: tf.Tensor,
+    preprocess: Preprocess,
     seed: tf.Tensor,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Cut a random part out of one image and resize it, antialiased.
+
+    The area is uniform in `scale`, the logarithm of width / height in that of `ratio`,
+    and the place among those where the crop fits. The first of ten draws whose size
+    fits is taken; where none does, the largest central crop within `ratio`.
+
+    Source: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6,
+    https://arxiv.org/abs/1409.4842; the ten draws and what follows them are those of
+    torchvision's RandomResizedCrop.
+
+    Args:
+        image: `(h, w, C)` of 0..255.
+        preprocess: Size and interpolation of the result; its `crop_ratio` has no part.
+        seed: int64 `(2,)`.
+        scale: Least and largest area of the crop, as a fraction of the image's.
+        ratio: Least and largest width / height of the crop, in pixels of the image.
+
+    Returns:
+        float32 `(H, W, C)` of 0..255, and the matrix of the crop, `(3, 3)`.
+
+    Raises:
+        ValueError: If a limit is not positive, or the lower above the higher.
+    """
+    for name, (low, high) in (("scale", scale), ("ratio", ratio)):
+        if not 0 < low <= high:
+            raise ValueError(
+                f"{name} must be two limits, 0 < low <= high, got {low} and {high}."
+            )
+    whole = tf.shape(image)[:2]
+    offset, size = _random_window(tf.cast(whole, tf.float32), seed, scale, ratio)
+    box = tf.unstack(tf.cast(tf.concat([offset, size], 0), tf.int32))
+    top, left, height, width = box
+    crop = image[top : top + height, left : left + width]
+    crop = scaled(crop, preprocess.image_size, preprocess.interpolation)
+    return crop, crop_matrix(offset, size, whole)
+
+
+def _random_window(whole, seed, scale, ratio):
+    """Offset and size of a random crop, each float32 `(2,)`, height first."""
+    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, CROP), 3))
+    area = tf.random.stateless_uniform((ATTEMPTS,), seeds[0], *scale)
+    area *= tf.reduce_prod(whole)
+    logarithms = [math.log(limit) for limit in ratio]
+    aspect = tf.exp(tf.random.stateless_uniform((ATTEMPTS,), seeds[1], *logarithms))
+    sizes = tf.round(tf.sqrt(tf.stack([area / aspect, area * aspect], -1)))  # (10, 2)
+    fits = tf.reduce_all((sizes >= 1) & (sizes <= whole), axis=-1)
+    found = tf.reduce_any(fits)
+    first = tf.argmax(tf.cast(fits, tf.int32))
+    largest = tf.round(whole[::-1] * [1 / ratio[0], ratio[1]])
+    largest = tf.clip_by_value(largest, 1.0, whole)
+    size = tf.where(found, sizes[first], largest)
+    room = whole - size
+    place = tf.random.stateless_uniform((2,), seeds[2])
+    offset = tf.where(found, tf.floor(place * (room + 1)), tf.floor(room / 2))
+    return offset, size
+
+
+def flips(seed: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
+    """Matrices that mirror half of the images, left for right: `(B, 3, 3)`.
+
+    Args:
+        seed: int64 `(2,)`.
+        batch: B.
+    """
+    draw = tf.random.stateless_uniform((batch,), tf.random.fold_in(seed, FLIP))
+    sign = tf.where(draw < 0.5, -1.0, 1.0)
+    zero, one = tf.zeros_like(sign), tf.ones_like(sign)
+    return _matrices(sign, zero, zero, one, zero, zero, 0.5, (1, 1))
+
+
+def affines(
+    seed: tf.Tensor,
+    batch: tf.Tensor,
+    image_size: tuple[int, int],
     rotation_degrees: float = 0.0,
     zoom: float = 0.0,
     shift: float = 0.0,
-    masks: tf.Tensor | None = None,
-) -> tf.Tensor | tuple[tf.Tensor, tf.Tensor]:
-    """Rotate, zoom and shift each image by its own random amount.
+) -> tf.Tensor:
+    """Matrices that rotate, zoom and shift each image by its own random amount.
+
+    Every amount is uniform between its two extremes. The image turns about its middle.
 
     Args:
-        images: float32 `(B, H, W, C)`.
-        seed: int `(2,)`; the same seed gives the same images.
+        seed: int64 `(2,)`.
+        batch: B.
+        image_size: `(H, W)` of the images.
         rotation_degrees: Largest angle to either side.
         zoom: Largest change of the side length, as a fraction of it.
         shift: Largest shift along either axis, as a fraction of the side.
-        masks: Class of each pixel, uint8 `(B, H, W)`; None for none.
 
     Returns:
-        `(B, H, W, C)`, bilinear; what comes from outside the image is 0. With masks
-        also `(B, H, W)`, nearest; what comes from outside is 255.
+        `(B, 3, 3)`.
     """
-    batch = tf.shape(images)[0]
-    height, width = images.shape[1:3]
     draw = tf.random.stateless_uniform((4, batch), seed, -1.0, 1.0)
-    angle = draw[0] * (rotation_degrees * math.pi / 180)
+    angle = draw[0] * math.radians(rotation_degrees)
     scale = 1.0 + draw[1] * zoom
     cosine, sine = tf.cos(angle) * scale, tf.sin(angle) * scale
-    # The op maps each output pixel (x, y) to (a0 x + a1 y + a2, b0 x + b1 y + b2).
-    x, y = (width - 1) / 2, (height - 1) / 2
-    right = x - cosine * x + sine * y + draw[2] * shift * width
-    down = y - sine * x - cosine * y + draw[3] * shift * height
-    zero = tf.zeros_like(angle)
-    rows = [cosine, -sine, right, sine, cosine, down, zero, zero]
-    transforms = tf.stack(rows, axis=-1)
+    right, down = draw[2] * shift, draw[3] * shift
+    return _matrices(cosine, -sine, sine, cosine, right, down, 0.5, image_size)
 
-    def transformed(x, interpolation, outside):
-        return tf.raw_ops.ImageProjectiveTransformV3(
-            images=x,
-            transforms=transforms,
-            output_shape=[height, width],
-            fill_value=outside,
-            interpolation=interpolation,
-            fill_mode="CONSTANT",
-        )
 
-    images = transformed(images, "BILINEAR", 0.0)
-    if masks is None:
-        return images
-    return images, transformed(masks[..., None], "NEAREST", 255.0)[..., 0]
+def rand_augment_geometry(
+    seed: tf.Tensor,
+    batch: tf.Tensor,
+    image_size: tuple[int, int],
+    num_ops: int = 2,
+    magnitude: float = 9.0,
+    deviation: float = 0.5,
+) -> tf.Tensor:
+    """Matrices of RandAugment: its geometric operations without those on colours.
+
+    For each image `num_ops` times one of 15 operations is drawn, with replacement, and
+    done with probability 1/2. Five are geometric: rotation by up to 30 degrees, shear
+    along x or y by up to 0.3, translation along x or y by up to 0.45 of the side. Each
+    goes to level / 10 of that, to either side, the level being normal with mean
+    `magnitude`, cut to 0..10. For the other ten nothing happens.
+
+    As in timm a rotation is about the middle of the image, but a shear leaves the top
+    (along x) or left (along y) edge in place, so it shifts the image as well.
+
+    Source: Cubuk et al. 2020, "RandAugment: Practical automated data augmentation with
+    a reduced search space", https://arxiv.org/abs/1909.13719; operations, probability
+    and random level are those of timm's `rand-m9-mstd0.5-inc1`,
+    https://github.com/huggingface/pytorch-image-models, `timm/data/auto_augment.py`.
+    Differs from timm in that all operations are one interpolation, so that what the
+    first moves out of the image the second may bring back, and in that `warp` fetches 0
+    from outside, not the mean colour.
+
+    Args:
+        seed: int64 `(2,)`.
+        batch: B.
+        image_size: `(H, W)` of the images.
+        num_ops: Operations an image.
+        magnitude: Mean of the level, 0..10.
+        deviation: Standard deviation of the level.
+
+    Returns:
+        `(B, 3, 3)`.
+    """
+    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, RAND_AUGMENT)))
+    draw = tf.random.stateless_uniform((3, num_ops, batch), seeds[0])
+    level = tf.random.stateless_normal((num_ops, batch), seeds[1], magnitude, deviation)
+    amount = tf.clip_by_value(level, 0.0, 10.0) / 10
+    amount *= tf.where(draw[1] < 0.5, -1.0, 1.0)
+    amount *= tf.where(draw[2] < 0.5, 0.0, 1.0)
+    op = tf.cast(draw[0] * RAND_AUGMENT_OPS, tf.int32)  # (num_ops, B)
+    chosen = tf.one_hot(op, len(LARGEST)) * list(LARGEST.values())
+    amounts = tf.unstack(amount[..., None] * chosen, axis=-1)
+    angle, shear_x, shear_y, right, down = amounts  # all but one are 0
+    cosine, sine = tf.cos(angle), tf.sin(angle)
+    centre = tf.where(angle == 0, 0.0, 0.5)
+    steps = _matrices(
+        cosine, shear_x - sine, shear_y + sine, cosine, right, down, centre, image_size
+    )  # (num_ops, B, 3, 3)
+    start = tf.eye(3, batch_shape=[batch])
+    return functools.reduce(tf.matmul, tf.unstack(steps, num_ops), start)
+
+
+def _matrices(xx, xy, yx, yy, right, down, centre, image_size):
+    """Matrices that map [x, y] to [[xx, xy], [yx, yy]] @ [x, y] about a centre.
+
+    The four are in pixels, so that a rotation keeps angles where H and W differ; the
+    shift `right`, `down` and the centre (the same on both axes) in unit coordinates.
+    Each may have any shape; the result has it before its `(3, 3)`.
+    """
+    height, width = image_size
+    xy, yx = xy * (height / width), yx * (width / height)
+    right = right + centre * (1 - xx - xy)
+    down = down + centre * (1 - yx - yy)
+    zero, one = tf.zeros_like(xx), tf.ones_like(xx)
+    rows = [xx, xy, right], [yx, yy, down], [zero, zero, one]
+    return tf.stack([tf.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def warp(images: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:
+    """Fetch each pixel from where its matrix says, bilinear; 0 from outside.
+
+    Args:
+        images: float32 `(B, H, W, C)`, H and W static.
+        matrices: `(B, 3, 3)`, affine.
+
+    Returns:
+        `(B, H, W, C)`.
+    """
+    return _warp(images, matrices, "BILINEAR", 0.0)
+
+
+def warp_masks(masks: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:
+    """Fetch each pixel of masks from where its matrix says, nearest; 255 from outside.
+
+    Args:
+        masks: Class of each pixel, uint8 `(B, H, W)`, H and W static.
+        matrices: `(B, 3, 3)`, affine.
+
+    Returns:
+        `(B, H, W)`.
+    """
+    return _warp(masks[..., None], matrices, "NEAREST", 255.0)[..., 0]
+
+
+def _warp(images, matrices, interpolation, outside):
+    height, width = images.shape[1:3]
+    sides = np.array([width, height, 1.0])
+    matrices = matrices * tf.constant(sides[:, None] / sides, tf.float32)  # in pixels
+    # The op counts from the centre of the first pixel, which lies at (0.5, 0.5).
+    linear = matrices[:, :2, :2]
+    offset = matrices[:, :2, 2] + (tf.reduce_sum(linear, axis=-1) - 1) / 2
+    rows = tf.concat([linear, offset[..., None]], axis=-1)  # (B, 2, 3)
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=tf.pad(tf.reshape(rows, (-1, 6)), [[0, 0], [0, 2]]),
+        output_shape=[height, width],
+        fill_value=outside,
+        interpolation=interpolation,
+        fill_mode="CONSTANT",
+    )

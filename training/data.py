@@ -3,13 +3,15 @@
     digits          scikit-learn's 1,797 images of 8 x 8 pixels; no download
     digit_scenes    several of them on a canvas of 64 x 64 pixels, with a class for each
                     pixel; digit_scenes:96 is the same on 96 x 96
+    placed_digits   each of them once, somewhere on a noisy canvas of 32 x 32 pixels,
+                    with an exact label map; placed_digits:48 is the same on 48 x 48
     tfds:NAME       any image classification dataset of tensorflow-datasets
     folder:PATH     PATH/train/CLASS/*.jpg with PATH/validation/CLASS/*.jpg, or
                     PATH/CLASS/*.jpg, of which every tenth image is held out
 
 Every source is a stream of (handle, label), where a handle leads to the encoded file
 and a label is a class or an encoded mask; decoding and resizing are those of
-`training.preprocess`.
+`training.preprocess`, the batches those of `training.batches`.
 """
 
 import contextlib
@@ -18,17 +20,22 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from keras_vit.embedding import Preprocess
 from keras_vit.encoder import unknown
-from training.preprocess import decode, decode_mask, resize, resize_mask
+from training.preprocess import decode, decode_mask
 
-NAMES = ("digits", "digit_scenes:SIZE", "tfds:NAME", "folder:PATH")
+NAMES = (
+    "digits",
+    "digit_scenes:SIZE",
+    "placed_digits:SIZE",
+    "tfds:NAME",
+    "folder:PATH",
+)
 SHUFFLE_BUFFER = 16_384  # encoded images, about 2 GB of ImageNet
 TFDS_SPLITS = ("validation", "test")  # the first that exists is held out
 
@@ -53,6 +60,11 @@ class Dataset:
             pixel does not count.
         image_size: `(H, W)` of all images, the size for a model that takes any; None
             leaves it to the model.
+        label_maps: The score maps of the training images, in the order of
+            `stream("train")`: a `tf.data.Dataset` of (values float16 `(h, w, k)`,
+            classes int32 `(h, w, k)`). A map covers the whole image, row 0 at its top;
+            a value is the probability of its class at that place, and what is missing
+            to 1 belongs to all classes alike. None for none.
     """
 
     name: str
@@ -64,6 +76,7 @@ class Dataset:
     fingerprint: str
     masks: bool = False
     image_size: tuple[int, int] | None = None
+    label_maps: Callable[[], tf.data.Dataset] | None = None
 
     @contextlib.contextmanager
     def naming_damaged_files(self) -> Iterator[None]:
@@ -115,7 +128,7 @@ def load_data(name: str) -> Dataset:
     """Load a dataset by name: one of `NAMES`.
 
     Raises:
-        ValueError: If the name is none of these, a scene would be too small or large,
+        ValueError: If the name is none of these, a canvas would be too small or large,
             the dataset has no images with labels, or the folder no classes.
         FileNotFoundError: If the folder does not exist.
     """
@@ -144,100 +157,49 @@ def load_data(name: str) -> Dataset:
         from training.scenes import load_scenes
 
         return load_scenes(name, int(rest or 64))
+    if name == "placed_digits" or (kind == "placed_digits" and rest.isdecimal()):
+        from training.canvas import load_canvas
+
+        return load_canvas(name, int(rest or 32))
     known = ", ".join(repr(x) for x in NAMES[:-1])
     raise ValueError(f"data must be {known} or {NAMES[-1]!r}, got {name!r}.")
 
 
-def training_batches(
-    data: Dataset,
-    preprocess: Preprocess,
-    batch_size: int,
-    *,
-    epochs: int,
-    first_epoch: int = 0,
-    seed: int = 0,
-    augment: Callable[..., Any] | None = None,
-) -> tf.data.Dataset:
-    """Batches of (images, labels) of the epochs from `first_epoch` on.
-
-    The order depends on the seed and the number of the epoch alone, so a resumed run
-    sees what it would have seen. Each epoch leaves out the incomplete last batch.
+def subset(data: Dataset, count: int, seed: int) -> Dataset:
+    """Leave `count` training images, drawn at random; the order stays.
 
     Args:
-        data: What to read.
-        preprocess: How a file becomes an image of the model's size.
-        batch_size: Images a batch.
-        epochs: Number of the last epoch.
-        first_epoch: Number of epochs that are done already.
-        seed: Seed of order and augmentation.
-        augment: Function of a batch of images and a seed, int64 `(2,)`; where the
-            labels are masks also of `masks=`, and it returns both.
-
-    Returns:
-        Dataset of (float32 `(batch_size, H, W, 3)` of 0..255, int64 `(batch_size,)` or
-        masks, uint8 `(batch_size, H, W)`), `steps_per_epoch(data, batch_size)` batches
-        an epoch.
-    """
-    handles = data.stream("train")
-    steps = steps_per_epoch(data, batch_size)
-
-    def shuffled(epoch):
-        def permuted(block, window):
-            size = tf.shape(window[1])[0]
-            key = tf.stack([seed + block * 2**32, epoch])
-            order = tf.random.experimental.stateless_shuffle(tf.range(size), key)
-            return tuple(tf.gather(x, order) for x in window)
-
-        windows = handles.batch(data.shuffle_buffer).enumerate()
-        return windows.map(permuted).unbatch().take(steps * batch_size)
-
-    stream = tf.data.Dataset.range(first_epoch, epochs).flat_map(shuffled)
-    batches = _load(stream, data, preprocess).batch(batch_size, drop_remainder=True)
-    if augment is not None:
-
-        def augmented(step, batch):
-            images, labels = batch
-            key = tf.stack([seed, step])
-            if data.masks:
-                return augment(images, key, masks=labels)
-            return augment(images, key), labels
-
-        batches = batches.enumerate(first_epoch * steps)
-        batches = batches.map(augmented, tf.data.AUTOTUNE, deterministic=True)
-    return batches.prefetch(2)
-
-
-def validation_batches(
-    data: Dataset, preprocess: Preprocess, batch_size: int
-) -> tf.data.Dataset:
-    """Batches of (images, labels) of the validation part, in fixed order, all of it."""
-    stream = data.stream("validation")
-    return _load(stream, data, preprocess).batch(batch_size).prefetch(2)
-
-
-def steps_per_epoch(data: Dataset, batch_size: int) -> int:
-    """Number of complete batches in an epoch.
+        data: What to draw from.
+        count: How many images; the same seed draws the same.
+        seed: int >= 0.
 
     Raises:
-        ValueError: If there is not one.
+        ValueError: If there are not so many.
     """
-    steps = data.sizes["train"] // batch_size
-    if not steps:
+    total = data.sizes["train"]
+    if not 0 < count <= total:
         raise ValueError(
-            f"batch_size must be at most the {data.sizes['train']} training images "
-            f"of {data.name!r}, got {batch_size}."
+            f"train_images must be in 1..{total}, the training images of "
+            f"{data.name!r}, got {count}."
         )
-    return steps
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
 
+    def only(examples):
+        pairs = tf.data.Dataset.zip(
+            tf.data.Dataset.from_tensor_slices(chosen), examples
+        )
+        return pairs.filter(lambda keep, *_: keep).map(lambda _, *example: example[0])
 
-def _load(stream, data, preprocess):
-    def load(handle, label):
-        image, label = data.decode(handle, label)
-        if data.masks:
-            label = resize_mask(label, preprocess)
-        return resize(image, preprocess), label
-
-    return stream.map(load, tf.data.AUTOTUNE, deterministic=True)
+    return dataclasses.replace(
+        data,
+        sizes={**data.sizes, "train": count},
+        stream=lambda part: (
+            only(data.stream(part)) if part == "train" else data.stream(part)
+        ),
+        shuffle_buffer=min(count, data.shuffle_buffer),
+        label_maps=data.label_maps and (lambda: only(data.label_maps())),
+    )
 
 
 def fingerprint(value) -> str:

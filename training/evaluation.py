@@ -3,7 +3,8 @@
 import keras
 from tqdm.auto import tqdm
 
-from training.data import Dataset, validation_batches
+from training.batches import validation_batches
+from training.data import Dataset
 from training.task import check_fits, objective, preprocess_for
 
 

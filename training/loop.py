@@ -14,12 +14,10 @@ import dataclasses
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import keras
@@ -27,11 +25,20 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from keras_vit import kernels
-from training.augment import random_affine
-from training.data import Dataset, steps_per_epoch, training_batches, validation_batches
+from training.batches import steps_per_epoch, training_batches, validation_batches
+from training.data import Dataset, subset
+from training.files import replacing
 from training.optimize import optimizer
 from training.recipe import Recipe
-from training.task import check_fits, objective, preprocess_for
+from training.task import (
+    check_fits,
+    network_of,
+    objective,
+    preprocess_for,
+    token_grid,
+    trainer,
+)
+from training.token_labeling import TokenLabeling
 
 SCORES = ("val_mean_iou", "val_accuracy", "mean_iou", "accuracy")  # the first decides
 
@@ -62,12 +69,15 @@ def fit(
             state is damaged, or the model and the data do not fit.
     """
     run_dir = Path(run_dir)
+    if recipe.train_images is not None:
+        data = subset(data, recipe.train_images, recipe.seed)
     steps = steps_per_epoch(data, recipe.batch_size)
     with precision(recipe) as policy:
         keras.utils.set_random_seed(recipe.seed)
-        model = build_model()
-        check_fits(model, data)
-        preprocess = preprocess_for(model, data)
+        network = build_model()
+        check_fits(network, data)
+        preprocess = preprocess_for(network, data)
+        model = trainer(network, recipe)
         _describe_run(run_dir, recipe, data, preprocess, policy)
         compile_model(model, recipe, steps)
         first_epoch = resume(model, run_dir)
@@ -78,7 +88,9 @@ def fit(
             epochs=recipe.epochs,
             first_epoch=first_epoch,
             seed=recipe.seed,
-            augment=_augmentation(recipe),
+            augmentation=recipe.augmentation,
+            token_grid=token_grid(network, preprocess, recipe),
+            class_labels=_class_labels(recipe),
         )
         held_out = validation_batches(data, preprocess, recipe.batch_size)
         if first_epoch < recipe.epochs:
@@ -93,20 +105,23 @@ def fit(
                     shuffle=False,
                     verbose=0,
                 )
-    return model
+    return network
 
 
-def _augmentation(recipe):
-    if recipe.random_affine is None:
-        return None
-    return partial(random_affine, **recipe.random_affine)
+def _class_labels(recipe):
+    how = recipe.token_labeling
+    return "truth" if how is None else how.class_labels
 
 
 def compile_model(model: keras.Model, recipe: Recipe, steps_per_epoch: int) -> None:
     """Compile a model of logits by a recipe, for those who call `model.fit`.
 
-    Loss and metrics are those of `training.task.objective`.
+    Loss and metrics are those of `training.task.objective`; a `TokenLabeling` has its
+    own.
     """
+    if isinstance(model, TokenLabeling):
+        model.compile(optimizer(model, recipe, steps_per_epoch))
+        return
     loss, metrics = objective(model)
     model.compile(optimizer(model, recipe, steps_per_epoch), loss, metrics=metrics)
 
@@ -203,9 +218,9 @@ class Checkpoint(keras.callbacks.Callback):
         self._save_model("last.keras")
         if scores[-1] >= max(scores):
             self._save_model("best.keras")
-        with _replacing(self.run_dir / "state.npz") as path:
+        with replacing(self.run_dir / "state.npz") as path:
             np.savez(path, history=json.dumps(self.history), **_state(self.model))
-        with _replacing(self.run_dir / "history.csv") as path:
+        with replacing(self.run_dir / "history.csv") as path:
             text = io.StringIO()
             rows = csv.DictWriter(text, list(row), restval="")
             rows.writeheader()
@@ -213,9 +228,9 @@ class Checkpoint(keras.callbacks.Callback):
             path.write_text(text.getvalue())
 
     def _save_model(self, name):
-        model = self.model  # without its optimizer: state.npz has that
+        model = network_of(self.model)  # without its optimizer: state.npz has that
         plain = keras.Model(model.input, model.output, name=model.name)
-        with _replacing(self.run_dir / name) as path:
+        with replacing(self.run_dir / name) as path:
             plain.save(path)
 
 
@@ -278,19 +293,6 @@ def _read_state(run_dir):
         ) from error
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to; afterwards it takes the place of `path` at once."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _describe_run(run_dir, recipe, data, preprocess, policy):
     """Write `run.json`, or check that the one there tells of the same run."""
     packages = ("keras", "tensorflow", "jax", "torch", "numpy", "keras-vit")
@@ -328,7 +330,7 @@ def _describe_run(run_dir, recipe, data, preprocess, policy):
                 )
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(run, indent=2) + "\n")
 
 

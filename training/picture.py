@@ -6,7 +6,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from training.data import Dataset, validation_batches
+from training.batches import validation_batches
+from training.data import Dataset
 from training.task import IGNORED, check_fits, is_segmentation, preprocess_for
 
 ROWS = ("image", "truth", "prediction")
@@ -76,17 +77,17 @@ def draw_segmentation(
         images, masks = next(iter(validation_batches(data, preprocess, count)))
     images, masks = images.numpy(), masks.numpy()
     classes = np.argmax(model.predict(images, verbose=0), axis=-1)
-    colours = _colours(len(data.labels))
-    truth = colours[np.where(masks == IGNORED, len(data.labels), masks)]
+    palette = colours(len(data.labels))
+    truth = palette[np.where(masks == IGNORED, len(data.labels), masks)]
     shown = np.unique([*masks[masks != IGNORED], *classes.ravel()])
     _figure(
-        [images.astype("uint8"), truth, colours[classes]],
-        [(data.labels[i], colours[i]) for i in shown],
+        [images.astype("uint8"), truth, palette[classes]],
+        [(data.labels[i], palette[i]) for i in shown],
         Path(path),
     )
 
 
-def _colours(count):
+def colours(count):
     """RGB of 0..1 for each of `count` classes, and grey for what does not count."""
     from matplotlib import colormaps, colors
 

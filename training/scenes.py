@@ -52,7 +52,7 @@ def load_scenes(name: str, size: int) -> Dataset:
             for _ in range(COUNTS[part]):
                 image, mask = draw_scene(size, *digits[split], random)
                 digest.update(image.tobytes() + mask.tobytes())
-                pairs.append([_png(image), _png(mask)])
+                pairs.append([png(image), png(mask)])
                 bar.update()
             files[part] = tuple(zip(*pairs, strict=True))
 
@@ -100,7 +100,7 @@ def draw_scene(
         taken = np.vstack([taken, place])
         top, left, side = place
         square = slice(top, top + side), slice(left, left + side)
-        digit = _enlarge(digits[i], side)
+        digit = enlarge(digits[i], side)
         image[square] = np.maximum(image[square], digit)
         mask[square] = np.where(digit >= THRESHOLD, 1 + labels[i], 0)
     return image, mask
@@ -117,8 +117,8 @@ def _free_place(size, taken, random):
     return (*places[free[0]], side) if free.size else None
 
 
-def _enlarge(digit, side):
-    """Bilinear, from 8 x 8 to side x side."""
+def enlarge(digit, side):
+    """Resize a digit bilinearly: uint8 `(8, 8)` to `(side, side)`."""
     weight = _weights(side)
     return np.round(weight @ digit @ weight.T).astype("uint8")
 
@@ -130,5 +130,6 @@ def _weights(side):
     return np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(8)))  # (side, 8)
 
 
-def _png(pixels):
+def png(pixels):
+    """Encode uint8 `(H, W)` as a PNG file."""
     return tf.io.encode_png(pixels[..., None]).numpy()

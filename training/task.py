@@ -1,6 +1,7 @@
-"""What a model is trained for: one class an image, or one for each pixel.
+"""What a model is trained for: a class an image, one for each pixel, or for each token.
 
-The rank of the model's output decides: logits `(B, C)` or `(B, H, W, C)`.
+The rank of the model's output decides between the first two: logits `(B, C)` or
+`(B, H, W, C)`; token labeling is asked for by the recipe.
 """
 
 import dataclasses
@@ -8,8 +9,12 @@ import dataclasses
 import keras
 from keras import ops
 
+import keras_vit
 from keras_vit.embedding import Preprocess
 from training.data import Dataset
+from training.loss import SoftAccuracy, SoftCrossEntropy, TokenLabelingLoss
+from training.recipe import Recipe
+from training.token_labeling import TokenLabeling
 
 IGNORED = 255  # in a mask: this pixel does not count
 
@@ -40,14 +45,14 @@ def is_segmentation(model: keras.Model) -> bool:
 def objective(model: keras.Model) -> tuple[keras.Loss, list[keras.Metric]]:
     """Cross-entropy and metrics for a model of logits.
 
-    A classifier is told its accuracy; a model with logits for each pixel the accuracy
-    over pixels and the mean over classes of intersection / union, classes that neither
-    truth nor prediction has left out. There pixels of class 255 count nowhere, and the
-    loss is the mean over all others of a batch.
+    A classifier is told its accuracy; its labels are classes or probabilities. A model
+    with logits for each pixel is told the accuracy over pixels and the mean over
+    classes of intersection / union, classes that neither truth nor prediction has left
+    out. There pixels of class 255 count nowhere, and the loss is the mean over all
+    others of a batch.
     """
     if not is_segmentation(model):
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        return loss, [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        return SoftCrossEntropy(), [SoftAccuracy(name="accuracy")]
     loss = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, ignore_class=IGNORED
     )
@@ -58,6 +63,36 @@ def objective(model: keras.Model) -> tuple[keras.Loss, list[keras.Metric]]:
         name="mean_iou",
     )
     return loss, [PixelAccuracy(name="accuracy"), mean_iou]
+
+
+def trainer(network: keras.Model, recipe: Recipe) -> keras.Model:
+    """What `fit` is called on: the network, or a `TokenLabeling` around it.
+
+    Raises:
+        ValueError: If the recipe labels tokens and the network has none to label.
+    """
+    how = recipe.token_labeling
+    if how is None:
+        return network
+    loss = TokenLabelingLoss(how.dense_weight, how.class_weight, how.ground_truth)
+    mix = None if how.mix_token is None else keras_vit.MixToken(how.mix_token)
+    return TokenLabeling(network, loss, mix)
+
+
+def network_of(model: keras.Model) -> keras.Model:
+    """The network inside of what `trainer` returns."""
+    return model.network if isinstance(model, TokenLabeling) else model
+
+
+def token_grid(
+    network: keras.Model, preprocess: Preprocess, recipe: Recipe
+) -> tuple[int, int] | None:
+    """`(h, w)` of the tokens that the recipe labels; None where it labels none."""
+    if recipe.token_labeling is None:
+        return None
+    patch_size = network.get_layer("patches").patch_size
+    height, width = preprocess.image_size
+    return -(-height // patch_size), -(-width // patch_size)
 
 
 def check_fits(model: keras.Model, data: Dataset) -> None:

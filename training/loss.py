@@ -1,0 +1,166 @@
+"""Losses of soft and of token labels.
+
+Shapes in this file:
+    B batch, h x w patch grid, N = h * w tokens, C classes.
+"""
+
+import keras
+from keras import ops
+
+serializable = keras.saving.register_keras_serializable("training")
+
+
+def soft_labels(labels, num_classes):
+    """Rows of probabilities from labels of either kind.
+
+    Args:
+        labels: Classes `(B,)` or `(B, 1)`, or probabilities `(B, C)`.
+        num_classes: C.
+
+    Returns:
+        float32 `(B, C)`.
+    """
+    if len(labels.shape) == 2 and labels.shape[-1] == num_classes > 1:
+        return ops.cast(labels, "float32")
+    labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
+    return ops.one_hot(labels, num_classes, dtype="float32")
+
+
+def cross_entropy(labels, logits):
+    """Minus the sum over classes of label * log softmax(logits), in float32.
+
+    Args:
+        labels: Probabilities `(..., C)`.
+        logits: `(..., C)`.
+
+    Returns:
+        `(...)`.
+    """
+    logits = ops.cast(logits, "float32")
+    return -ops.sum(labels * ops.log_softmax(logits, axis=-1), axis=-1)
+
+
+@serializable
+class SoftCrossEntropy(keras.Loss):
+    """Cross-entropy of logits with classes or with probabilities.
+
+    Call arguments:
+        y_true: Classes `(B,)`, or probabilities `(B, C)` as MixUp makes them.
+        y_pred: Logits `(B, C)`.
+    """
+
+    def call(self, y_true, y_pred):
+        return cross_entropy(soft_labels(y_true, y_pred.shape[-1]), y_pred)
+
+
+@serializable
+class SoftAccuracy(keras.metrics.Mean):
+    """Part of the images whose largest logit is that of their class.
+
+    Call arguments:
+        y_true: Classes `(B,)`, or probabilities `(B, C)`, of which the largest counts.
+        y_pred: Logits `(B, C)`.
+    """
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        labels = soft_labels(ops.convert_to_tensor(y_true), y_pred.shape[-1])
+        right = ops.equal(ops.argmax(labels, -1), ops.argmax(y_pred, -1))
+        return super().update_state(ops.cast(right, self.dtype), sample_weight)
+
+
+@serializable
+class TokenLabelingLoss(keras.Loss):
+    """Cross-entropy of the image's label and of a label for every token.
+
+        class_weight * CE(class logits, label)
+            + dense_weight * mean over tokens of CE(token logits, label of the token)
+
+    Where MixToken has mixed the images, the label of image i is
+    lambda' * label_i + (1 - lambda') * label_(B-1-i); the token logits are back with
+    their own images, so their labels are not mixed.
+
+    With `ground_truth` the image's label is an annotator's, corrected by the true one:
+    r * label + (1 - r) * truth, r = 0.5 where both have the same largest class, else
+    0.9. That is what the paper's code computes; a comment in it says the opposite, that
+    the truth weighs more where they differ.
+
+    Source: Jiang et al. 2021, "All Tokens Matter: Token Labeling for Training Better
+    Vision Transformers", section 3.1 and 3.2, https://arxiv.org/abs/2104.10858, and its
+    code, whose default weights these are.
+
+    Args:
+        dense_weight: Weight of the tokens, beta of the paper; >= 0.
+        class_weight: Weight of the image; >= 0.
+        ground_truth: Whether the image's label is corrected by the true one.
+
+    Call arguments:
+        y_true: Classes `(B,)`, or probabilities `(B, C)`: the label of the image, and
+            of each of its tokens; or a dictionary of float32 probabilities: `"class"`
+            `(B, C)`, and if there are such `"tokens"` `(B, h, w, C)` and `"truth"`
+            `(B, C)`.
+        y_pred: Dictionary of the logits `"class"` `(B, C)` and `"tokens"`
+            `(B, h, w, C)`, and if tokens were mixed lambda', `"kept"` `(B,)`.
+
+    Raises:
+        ValueError: If a weight is negative, or `ground_truth` is asked for and there is
+            no `"truth"`.
+    """
+
+    def __init__(
+        self, dense_weight=1.0, class_weight=1.0, ground_truth=False, **kwargs
+    ):
+        super().__init__(**kwargs)
+        if dense_weight < 0 or class_weight < 0:
+            raise ValueError(
+                "dense_weight and class_weight must be >= 0, got "
+                f"{dense_weight} and {class_weight}."
+            )
+        self.dense_weight = dense_weight
+        self.class_weight = class_weight
+        self.ground_truth = ground_truth
+
+    def get_config(self):
+        names = ("dense_weight", "class_weight", "ground_truth")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+    def call(self, y_true, y_pred):
+        of_class, of_tokens = self.parts(y_true, y_pred)
+        return self.class_weight * of_class + self.dense_weight * of_tokens
+
+    def parts(self, y_true, y_pred):
+        """Cross-entropy of the image and of its tokens, two `(B,)`."""
+        labels = self.image_labels(y_true, y_pred)
+        logits = y_pred["tokens"]
+        if isinstance(y_true, dict) and "tokens" in y_true:
+            of_each = ops.cast(y_true["tokens"], "float32")
+        else:
+            of_each = self._own_labels(y_true, logits.shape[-1])[:, None, None]
+        of_tokens = ops.mean(cross_entropy(of_each, logits), axis=(1, 2))
+        return cross_entropy(labels, y_pred["class"]), of_tokens
+
+    def image_labels(self, y_true, y_pred):
+        """What the class token must say of each image, mixed as the tokens were.
+
+        Returns:
+            float32 `(B, C)`.
+        """
+        labels = self._own_labels(y_true, y_pred["class"].shape[-1])
+        if "kept" not in y_pred:
+            return labels
+        kept = y_pred["kept"][:, None]
+        return kept * labels + (1 - kept) * ops.flip(labels, axis=0)
+
+    def _own_labels(self, y_true, num_classes):
+        labels = y_true["class"] if isinstance(y_true, dict) else y_true
+        labels = soft_labels(labels, num_classes)
+        if not self.ground_truth:
+            return labels
+        if not isinstance(y_true, dict) or "truth" not in y_true:
+            raise ValueError(
+                "ground_truth=True needs labels with 'class', the annotator's, and "
+                "'truth'; got no 'truth'."
+            )
+        truth = soft_labels(y_true["truth"], num_classes)
+        agree = ops.equal(ops.argmax(labels, -1), ops.argmax(truth, -1))
+        weight = ops.where(agree, 0.5, 0.9)[:, None]
+        return weight * labels + (1 - weight) * truth
