@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from export.runtime import Runtime
 from export.session import StatusError, strings
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+
 
 def predict_files(
     directory: str | Path,
@@ -61,6 +63,66 @@ def predict_files(
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{file.stem}_labels.png").write_bytes(png)
             yield file, _shares(png, json.loads(manifest.read_text())["labels"], top)
+
+
+def classify_files(
+    directory: str | Path, files: Sequence[bytes], batch_size: int = 60
+) -> list[tuple[str, float]]:
+    """Ask an exported classifier about encoded images, many at once.
+
+    Args:
+        directory: The version directory.
+        files: What the files hold.
+        batch_size: Files a request.
+
+    Returns:
+        The best class of each file, and its score.
+
+    Raises:
+        StatusError: If one cannot be decoded, or the runtime fails otherwise.
+    """
+    answers = []
+    with Runtime(directory) as runtime:
+        for start in tqdm(range(0, len(files), batch_size), unit=" batches"):
+            batch = strings(files[start : start + batch_size])
+            answer = runtime.run("image_bytes", image_bytes=batch)
+            names = [name.decode() for name in answer["classes"][:, 0]]
+            answers += zip(names, answer["scores"][:, 0].tolist(), strict=True)
+    return answers
+
+
+def newest_version(directory: Path) -> Path:
+    """The version directory itself, or the newest version in a folder of versions.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    if (directory / "saved_model.pb").is_file():
+        return directory
+    names = [x.name for x in directory.iterdir()] if directory.is_dir() else []
+    numbers = [name for name in names if name.isdigit()]
+    if not numbers:
+        raise FileNotFoundError(
+            f"{directory} must be an exported version (with saved_model.pb) or a "
+            "folder of versions."
+        )
+    return directory / max(numbers, key=int)
+
+
+def image_files(path: Path) -> list[Path]:
+    """The image file itself, or those of a folder and its folders, in order.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no image file or folder {path}.")
+    files = [x for x in sorted(path.rglob("*")) if x.suffix.lower() in SUFFIXES]
+    if not files:
+        raise FileNotFoundError(f"{path} contains no image ({', '.join(SUFFIXES)}).")
+    return files
 
 
 def _best(answer, top):

@@ -1,4 +1,4 @@
-"""The command line: keras-vit demo, train, evaluate, export, verify, predict."""
+"""The command line: keras-vit demo, train, annotate, export, predict and others."""
 
 import json
 import os
@@ -30,7 +30,11 @@ RunOrFile = Annotated[
 Served = Annotated[
     Path, typer.Argument(help="Version directory, or the folder of versions.")
 ]
-DATA = "digits, digit_scenes:SIZE, tfds:NAME or folder:PATH."
+AnySize = Annotated[
+    str | None,
+    typer.Option(help="Pixels, N or HxW, for a model that takes any size."),
+]
+DATA = "digits, digit_scenes:SIZE, placed_digits:SIZE, tfds:NAME or folder:PATH."
 
 
 @app.callback()
@@ -106,16 +110,20 @@ def demo(
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, such as digits.")],
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run is kept [default: runs/RECIPE].")
+        Path | None,
+        typer.Option(help="Where the run is kept.", show_default="runs/RECIPE"),
     ] = None,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     change: Annotated[
         list[str] | None,
         typer.Option("--set", help="Another value, as epochs=3 or depth=6."),
     ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label maps of the data, from `annotate`.")
+    ] = None,
 ) -> None:
     """Train by a recipe; run the same command again to resume."""
-    from training.recipe import find_recipe
+    from training.recipes import find_recipe
 
     chosen = find_recipe(recipe)
     if data is not None:
@@ -126,6 +134,8 @@ def train(
     import training
 
     images = training.load_data(chosen.data)
+    if labels is not None:
+        images = training.with_label_maps(images, labels)
     model = training.fit(
         lambda: chosen.build_model(len(images.labels)), images, chosen, run_dir
     )
@@ -145,33 +155,91 @@ def train(
 
 
 @app.command()
+def annotate(
+    teacher: Annotated[Path, typer.Option(help="Classifier: a .keras file or a run.")],
+    data: Annotated[str, typer.Option(help=DATA)],
+    out: Annotated[Path, typer.Option(help="Folder for the label maps.")],
+    top: Annotated[
+        int | None,
+        typer.Option(help="Classes a place.", show_default="5, or all of at most 16"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
+    shard_size: Annotated[int, typer.Option(help="Images a file.")] = 512,
+    image_size: AnySize = None,
+    normalization: Annotated[
+        str | None,
+        typer.Option(help="inception or imagenet.", show_default="the teacher does it"),
+    ] = None,
+    runner: Annotated[
+        str | None, typer.Option(help="An Apache Beam runner, as DirectRunner.")
+    ] = None,
+) -> None:
+    """Score maps of training images by a teacher; run it again to resume."""
+    import training
+    from training.files import model_file
+
+    path, names = model_file(teacher)
+    size = None if image_size is None else _size(image_size)
+    images = training.load_data(data)
+    if names not in (None, list(images.labels)):
+        raise ValueError(
+            f"The run {teacher} must have the labels of {data}, it has "
+            f"{', '.join(names[:10])}."
+        )
+    store = training.annotate(
+        path,
+        images,
+        out,
+        top=top,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        normalization=normalization,
+        image_size=size,
+        runner=runner,
+    )
+    console.print(f"{out}: {store.summary()}", soft_wrap=True)
+    console.print(f"Next: keras-vit train ... --labels {out}", soft_wrap=True)
+
+
+@app.command()
+def labels(
+    directory: Annotated[Path, typer.Argument(help="Folder of label maps.")],
+) -> None:
+    """Check the label maps that `annotate` made, every byte of them."""
+    import training
+
+    store = training.open_labels(directory)
+    store.check()
+    console.print(f"{directory}: {store.summary()}. OK", soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     model: RunOrFile,
     data: Annotated[str, typer.Option(help=DATA)],
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
-    image_size: Annotated[
-        str | None,
-        typer.Option(help="Pixels, N or HxW, for a model that takes any size."),
-    ] = None,
+    image_size: AnySize = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="PNG file of images, truth and prediction (segmentation)."),
+        typer.Option(help="PNG file of images, labels and answers (pixels, tokens)."),
     ] = None,
 ) -> None:
     """Accuracy, loss and mean IoU of a model on the held-out part of a dataset."""
-    path, _ = _model_file(model)
-    size = None if image_size is None else _size(image_size)
-
     import training
     from export.saved_model import read_model
+    from training.files import model_file
     from training.picture import draw_segmentation
     from training.task import is_segmentation
+    from training.token_picture import draw_tokens
 
+    path, _ = model_file(model)
+    size = None if image_size is None else _size(image_size)
     network = read_model(path)
-    if picture is not None and not is_segmentation(network):
+    has_tokens = "token_head" in [layer.name for layer in network.layers]
+    if picture is not None and not (is_segmentation(network) or has_tokens):
         raise ValueError(
-            "--picture is for segmentation, a class for each pixel; this model gives "
-            "one answer an image."
+            "--picture is for models that answer for each pixel or each token; this "
+            "model gives one answer an image."
         )
     images = training.load_data(data)
     result = training.evaluate(network, images, batch_size, size)
@@ -181,7 +249,10 @@ def evaluate(
     count = images.sizes["validation"]
     console.print(f"{count} held-out images of {data}: {figures}", soft_wrap=True)
     if picture is not None:
-        draw_segmentation(network, images, picture, size)
+        if has_tokens:
+            draw_tokens(network, images, picture)
+        else:
+            draw_segmentation(network, images, picture, size)
         console.print(f"Picture: {picture}")
 
 
@@ -194,18 +265,18 @@ def export(
         typer.Option(help="Text file, one label a line; a run knows its own."),
     ] = None,
     version: Annotated[
-        int | None, typer.Option(help="Number [default: the next one].")
+        int | None, typer.Option(help="Number.", show_default="the next one")
     ] = None,
 ) -> None:
     """Export a model as a SavedModel that TensorFlow Serving answers from."""
-    path, names = _model_file(model)
+    from export import export_saved_model
+    from training.files import model_file
+
+    path, names = model_file(model)
     if labels is not None:
         if not labels.is_file():
             raise FileNotFoundError(f"There is no file of labels {labels}.")
         names = [x.strip() for x in labels.read_text().splitlines() if x.strip()]
-
-    from export import export_saved_model
-
     published = export_saved_model(path, directory, names, version=version)
     console.print(f"Exported and verified: {published}")
     console.print(f"Next: keras-vit predict {published} IMAGE ...")
@@ -215,8 +286,9 @@ def export(
 def verify(directory: Served) -> None:
     """Check everything an exported model promises, in the C++ runtime."""
     from export import verify as check
+    from export.predict import newest_version
 
-    report = check(_version(directory))
+    report = check(newest_version(directory))
     _print_report(report)
     if not report.ok:
         failed = [x.name for x in report.checks if not x.ok]
@@ -234,11 +306,10 @@ def predict(
     ] = None,
 ) -> None:
     """Ask the exported model about image files, in the C++ runtime."""
-    files = [file for path in images for file in _image_files(path)]
+    from export.predict import image_files, newest_version, predict_files
 
-    from export.predict import predict_files
-
-    answers = list(predict_files(_version(directory), files, top, label_maps))
+    files = [file for path in images for file in image_files(path)]
+    answers = list(predict_files(newest_version(directory), files, top, label_maps))
     rows = [[str(file), *answer] for file, answer in answers if answer is not None]
     damaged = [str(file) for file, answer in answers if answer is None]
     if rows:
@@ -290,46 +361,6 @@ def _size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def _model_file(path: Path) -> tuple[Path, list[str] | None]:
-    """The `.keras` file that is meant, and the labels where a run knows them."""
-    if not path.is_dir():
-        if not path.exists():
-            raise FileNotFoundError(f"There is no run directory or model file {path}.")
-        return path, None
-    run = path / "run.json"
-    if not (run.is_file() and (path / "last.keras").is_file()):
-        raise FileNotFoundError(
-            f"{path} must be a run directory with run.json and last.keras."
-        )
-    return path / "last.keras", json.loads(run.read_text())["labels"]
-
-
-def _version(directory: Path) -> Path:
-    """The version directory itself, or the newest version in a folder of versions."""
-    if (directory / "saved_model.pb").is_file():
-        return directory
-    names = [x.name for x in directory.iterdir()] if directory.is_dir() else []
-    numbers = [name for name in names if name.isdigit()]
-    if not numbers:
-        raise FileNotFoundError(
-            f"{directory} must be an exported version (with saved_model.pb) or a "
-            "folder of versions."
-        )
-    return directory / max(numbers, key=int)
-
-
-def _image_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"There is no image file or folder {path}.")
-    suffixes = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
-    files = [x for x in sorted(path.rglob("*")) if x.suffix.lower() in suffixes]
-    if not files:
-        raise FileNotFoundError(f"{path} contains no image ({', '.join(suffixes)}).")
-    return files
-
-
 def _print_report(report) -> None:
     table = Table("check", "", "figure")
     for check in report.checks:
@@ -340,39 +371,27 @@ def _print_report(report) -> None:
 
 def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path]:
     """Classify every held-out image through the artifact; picture of the first 24."""
-    import numpy as np
-    from tqdm.auto import tqdm
-
-    from export import Runtime
-    from export.session import strings
+    from export.predict import classify_files
     from training.picture import draw_answers
 
     examples = list(data.stream("validation").as_numpy_iterator())
     files = [data.read(handle) for handle, _ in examples]
     files = [x if isinstance(x, bytes) else x.numpy() for x in files]
-    truth = np.array([data.labels[label] for _, label in examples])
-    classes, scores = [], []
-    with Runtime(version) as runtime:
-        for start in tqdm(range(0, len(files), 60), unit=" batches"):
-            batch = strings(files[start : start + 60])
-            answer = runtime.run("image_bytes", image_bytes=batch)
-            classes += [name.decode() for name in answer["classes"][:, 0]]
-            scores += answer["scores"][:, 0].tolist()
+    truth = [data.labels[label] for _, label in examples]
+    answers = classify_files(version, files)
 
     folder = directory / "images"
     folder.mkdir(parents=True, exist_ok=True)
     # The first of them, and every one that is wrong: what a reader wants to see.
-    wrong = [i for i, name in enumerate(classes) if name != truth[i]]
+    wrong = [i for i, (name, _) in enumerate(answers) if name != truth[i]]
     right = [i for i in range(len(files)) if i not in wrong]
-    shown = [*right[: max(0, 24 - len(wrong))], *wrong]
-    shown = shown[:24]
+    shown = [*right[: max(0, 24 - len(wrong))], *wrong][:24]
     paths = [folder / f"{i:03d}_is_{truth[i]}.png" for i in shown]
     for path, i in zip(paths, shown, strict=True):
         path.write_bytes(files[i])
     picture = directory / "predictions.png"
-    answers = [(classes[i], scores[i], truth[i]) for i in shown]
-    draw_answers(paths, answers, picture)
-    return float(np.mean(np.array(classes) == truth)), picture
+    draw_answers(paths, [(*answers[i], truth[i]) for i in shown], picture)
+    return 1 - len(wrong) / len(files), picture
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 LIBRARY = sorted((TESTS.parent / "keras_vit").glob("[a-z]*.py"))
-OTHER_NAMES = ("package", "optimize", "loop", "task")
+OTHER_NAMES = ("package", "optimize", "loop", "task", "loss", "token_labeling", "dense")
 FILES = [
     path
     for name in [*(module.stem for module in LIBRARY), *OTHER_NAMES]
@@ -26,7 +26,10 @@ FILES = [
 ]
 EXPORT = TESTS / "test_export.py"
 PARITY = f"{EXPORT}::test_one_cpvt_artifact_answers_every_size"
-SLOW = f"{EXPORT}::test_every_position_is_exported"
+SLOW = (
+    f"{EXPORT}::test_every_position_is_exported",
+    f"{EXPORT}::test_both_heads_of_an_lvvit_are_exported",
+)
 OTHERS = [
     name
     for name in ("tensorflow", "jax", "torch")
@@ -78,7 +81,7 @@ def children():
 @pytest.fixture(scope="session")
 def slow_children():
     """The others."""
-    yield from running("slow or heavy", *FILES, SLOW)
+    yield from running("slow or heavy", *FILES, *SLOW)
 
 
 def running(marks, *tests):

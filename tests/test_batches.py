@@ -24,7 +24,7 @@ EVERYTHING = Augmentation(
 
 @pytest.fixture(scope="module")
 def data():
-    return subset(load_data("placed_digits"), 40, seed=0)
+    return subset(load_data("placed_digits:32"), 40, seed=0)
 
 
 def batches(data, batch_size=20, epochs=1, **kwargs):

@@ -1,5 +1,7 @@
 """The command line, as a person meets it: `main` in this process, once as a program."""
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import keras
 import pytest
 from PIL import Image
 from test_data import write_images
+from test_labels import content, flip
 
 import training
 from keras_vit import CPVT
@@ -124,6 +127,85 @@ def test_evaluate_takes_a_classifier_of_any_size_to_another(
     assert code == 0 and f"loss {expected['loss']:.4f}" in out
 
 
+@pytest.fixture(scope="module")
+def labels(work):
+    """Label maps of the images, by the last model of the run, and what was printed."""
+    arguments = ["--teacher", work / "runs/digits", "--data", f"folder:{work}/images"]
+    options = ["--out", work / "labels", "--shard-size", 20]
+    words = ["keras-vit", "annotate", *arguments, *options]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        with pytest.raises(SystemExit) as exit_, contextlib.redirect_stdout(printed):
+            command.main()
+        assert not exit_.value.code
+    return work / "labels", printed.getvalue()
+
+
+def test_annotate_prints_what_it_wrote_and_what_is_next(labels):
+    folder, printed = labels
+    summary = (
+        "label maps of 54 images of folder:images, 2 x 2 places, 2 of 2 classes each, "
+        "by last.keras"
+    )
+    assert printed.splitlines() == [
+        f"{folder}: {summary}",
+        f"Next: keras-vit train ... --labels {folder}",
+    ]
+    assert len(list(folder.glob("train-*-of-00003.npz"))) == 3
+
+
+def test_labels_are_checked_and_repaired(work, labels, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(labels[0], tmp_path / "labels")
+    code, out, _ = run(capsys, monkeypatch, "labels", folder)
+    assert code == 0 and "54 images" in out and "2 x 2 places" in out
+    assert out.strip().endswith("OK")
+    path = folder / "train-00001-of-00003.npz"
+    flip(path)
+    code, out, err = run(capsys, monkeypatch, "labels", folder)
+    assert code == 1 and "OK" not in out
+    assert err.strip().splitlines()[-1].startswith(f"Error: {folder} must hold the")
+    assert "damaged or missing: train-00001-of-00003.npz. Delete what is damaged" in err
+    path.unlink()
+    code, out, err = run(capsys, monkeypatch, "labels", folder)
+    assert code == 1 and "1 of 3 shards are missing. Run annotate again" in err
+    data = f"folder:{work}/images"
+    arguments = ["annotate", "--teacher", work / "runs/digits", "--data", data]
+    options = ["--out", folder, "--shard-size", 20]
+    assert run(capsys, monkeypatch, *arguments, *options)[0] == 0
+    code, out, _ = run(capsys, monkeypatch, "labels", folder)
+    assert code == 0 and content(folder) == content(labels[0])
+
+
+def test_annotate_passes_its_options_on(work, tmp_path, capsys, monkeypatch):
+    model = CPVT("tiny", embed_dim=24, depth=1, num_classes=2)
+    model.save(tmp_path / "model.keras")
+    arguments = [
+        "--teacher",
+        tmp_path / "model.keras",
+        "--data",
+        f"folder:{work}/images",
+    ]
+    options = "--image-size 32x48 --top 1 --batch-size 5 --runner DirectRunner".split()
+    folder = tmp_path / "labels"
+    code, out, _ = run(
+        capsys, monkeypatch, "annotate", *arguments, "--out", folder, *options
+    )
+    assert code == 0 and "2 x 3 places, 1 of 2 classes each, by model.keras" in out
+    store = training.open_labels(folder)
+    assert (store.batch_size, store.shard_size, store.image_size) == (5, 512, (32, 48))
+
+
+def test_train_takes_label_maps_of_its_data_alone(
+    labels, tmp_path, capsys, monkeypatch
+):
+    """What it does with them is told by `tests/test_loop.py`."""
+    write_images(tmp_path / "others", {"a": 30, "b": 31})
+    arguments = ["--data", f"folder:{tmp_path}/others", "--labels", labels[0]]
+    code, _, err = run(capsys, monkeypatch, "train", "digits", *arguments)
+    assert code == 1 and "holds label maps of 'folder:images' (54 images, 2 cl" in err
+
+
 def test_verify_prints_every_check(work, capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "verify", work / "models/digits")
     assert code == 0 and "all 24 checks hold" in out and "FAILS" not in out
@@ -159,7 +241,7 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
     "arguments, sentence",
     [
         ("train digit", "got 'digit'. Did you mean 'digits'?"),
-        ("train digits --data digts", "must be 'digits', 'digit_scenes:SIZE', 'tfds"),
+        ("train digits --data digts", "must be 'digits', 'digit_scenes:SIZE', 'place"),
         ("train digits --data folder:nowhere", "There is no folder nowhere."),
         (
             "train digits --data folder:{empty}",
@@ -183,7 +265,7 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
         ("evaluate {work}/runs/digits --data {data} --image-size 0x9", "HxW, in"),
         (
             "evaluate {work}/runs/digits --data {data} --picture x.png",
-            "--picture is for segmentation, a class for each pixel; this model gives",
+            "--picture is for models that answer for each pixel or each token; this",
         ),
         ("train digits --data digit_scenes:5000", "32..256 pixels, got 5000."),
         ("train digits --set family=Vit", "got 'Vit'. Did you mean 'ViT'?"),
@@ -192,6 +274,32 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
         ("verify {empty}", "must be an exported version (with saved_model.pb)"),
         ("predict {work}/models/digits nowhere.png", "no image file or folder nowhere"),
         ("predict {work}/models/digits {empty}", "contains no image (.jpg"),
+        ("labels {empty}", "must be a folder of label maps, with labels.json."),
+        ("labels nowhere", "There is no folder of label maps nowhere."),
+        ("train digits --labels nowhere", "There is no folder of label maps nowhere."),
+        (
+            "annotate --teacher nowhere --data digits --out out",
+            "no run directory or mo",
+        ),
+        ("annotate --teacher {damaged} --data digits --out out", "or another kind."),
+        (
+            "annotate --teacher {work}/runs/digits --data digits --out out",
+            "must have the labels of digits, it has a, b.",
+        ),
+        (
+            "annotate --teacher {work}/runs/digits --data {data} --out out --top 3",
+            "top must be in 1..2, the teacher's classes, got 3.",
+        ),
+        (
+            "annotate --teacher {work}/runs/digits --data {data} --out out "
+            "--normalization imagenet",
+            "which normalises raw pixels itself, got 'imagenet'.",
+        ),
+        (
+            "annotate --teacher {work}/runs/digits --data {data} --out out "
+            "--image-size 8x9x10",
+            "--image-size must be N or HxW, in pixels, got '8x9x10'.",
+        ),
         ("predict {empty} {work}/images/a/000.png", "must be an exported version"),
     ],
 )
@@ -228,7 +336,9 @@ def test_the_program_helps_without_loading_keras(tmp_path):
     (tmp_path / "keras.py").write_text("raise SystemExit('keras was imported')")
     result = program("--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("demo", "train", "evaluate", "export", "verify", "predict"):
+    for name in ("demo", "train", "annotate", "labels", "evaluate", "export"):
+        assert name in result.stdout
+    for name in ("verify", "predict"):
         assert name in result.stdout
 
 

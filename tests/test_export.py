@@ -16,7 +16,7 @@ import export
 from export import Runtime, RuntimeCrashError, StatusError, export_saved_model, verify
 from export.saved_model import read_model
 from export.session import strings
-from keras_vit import CPVT, ViT
+from keras_vit import CPVT, LVViT, ViT
 from keras_vit.vit import POSITIONS
 
 ROOT = Path(__file__).parent.parent
@@ -298,6 +298,23 @@ def test_every_position_is_exported(tmp_path, position):
     with Runtime(artifact) as runtime:
         logits = runtime.run("images", images=images)["logits"]
     np.testing.assert_allclose(logits, to_numpy(model(images)), atol=2e-5)
+
+
+@pytest.mark.heavy
+def test_both_heads_of_an_lvvit_are_exported(tmp_path):
+    """What is verified asks its convolutions for images of wrong ranks, too."""
+    model = LVViT(
+        "tiny", image_size=None, patch_size=8, depth=2, num_classes=4, stem_width=8
+    )
+    artifact = export_saved_model(model, tmp_path / "lvvit", progress=False)
+    images = draw(2, 40, 20, 3)
+    with Runtime(artifact) as runtime:
+        logits = runtime.run("images", images=images)["logits"]
+    nodes = [model.get_layer(name).output for name in ("head", "token_head")]
+    of_class, of_tokens = keras.Model(model.input, nodes)(images)
+    expected = to_numpy(of_class) + 0.5 * to_numpy(of_tokens).max((1, 2))
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+    assert verify(artifact).ok
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])

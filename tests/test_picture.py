@@ -39,7 +39,7 @@ def test_a_picture_of_a_classifier_is_refused(tmp_path):
 
 def lvvit(**kwargs):
     settings = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
-    settings |= {"image_size": 32, "num_classes": 10, "stem_width": 4}
+    settings |= {"image_size": 24, "num_classes": 10, "stem_width": 4}
     return LVViT("tiny", **{**settings, **kwargs})
 
 

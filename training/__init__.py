@@ -7,17 +7,24 @@ not wait for TensorFlow.
 import importlib
 
 _HOMES = {
-    "RECIPES": "training.recipe",
+    "RECIPES": "training.recipes",
+    "Augmentation": "training.recipe",
     "Dataset": "training.data",
     "Recipe": "training.recipe",
+    "TokenLabeling": "training.token_labeling",
+    "TokenLabelingLoss": "training.loss",
+    "TokenLabels": "training.recipe",
+    "annotate": "training.annotator",
     "callbacks": "training.loop",
     "compile_model": "training.loop",
     "evaluate": "training.evaluation",
     "fit": "training.loop",
     "load_data": "training.data",
+    "open_labels": "training.labels",
     "resume": "training.loop",
-    "training_batches": "training.data",
-    "validation_batches": "training.data",
+    "training_batches": "training.batches",
+    "validation_batches": "training.batches",
+    "with_label_maps": "training.labels",
 }
 
 __all__ = sorted(_HOMES)

@@ -3,8 +3,8 @@
     digits          scikit-learn's 1,797 images of 8 x 8 pixels; no download
     digit_scenes    several of them on a canvas of 64 x 64 pixels, with a class for each
                     pixel; digit_scenes:96 is the same on 96 x 96
-    placed_digits   each of them once, somewhere on a noisy canvas of 32 x 32 pixels,
-                    with an exact label map; placed_digits:48 is the same on 48 x 48
+    placed_digits   each of them once, somewhere on a noisy canvas of 24 x 24 pixels,
+                    with an exact label map; placed_digits:32 is the same on 32 x 32
     tfds:NAME       any image classification dataset of tensorflow-datasets
     folder:PATH     PATH/train/CLASS/*.jpg with PATH/validation/CLASS/*.jpg, or
                     PATH/CLASS/*.jpg, of which every tenth image is held out
@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,11 +84,17 @@ class Dataset:
         """Turn TensorFlow's error for an image that does not decode into its name.
 
         Raises:
-            ValueError: With the files that cannot be read or decoded.
+            ValueError: With the files that cannot be read or decoded, or the damaged
+                shards of the label maps.
         """
         try:
             yield
         except tf.errors.OpError as error:
+            maps = re.search(
+                r"ValueError: (.*label maps that were written.*)", str(error)
+            )
+            if maps:
+                raise ValueError(maps.group(1)) from error
             damaged = [x for part in self.sizes for x in self._damaged(part)]
             if not damaged:
                 raise
@@ -160,7 +167,7 @@ def load_data(name: str) -> Dataset:
     if name == "placed_digits" or (kind == "placed_digits" and rest.isdecimal()):
         from training.canvas import load_canvas
 
-        return load_canvas(name, int(rest or 32))
+        return load_canvas(name, int(rest or 24))
     known = ", ".join(repr(x) for x in NAMES[:-1])
     raise ValueError(f"data must be {known} or {NAMES[-1]!r}, got {name!r}.")
 
