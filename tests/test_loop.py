@@ -208,9 +208,17 @@ SEGMENTATION = training.RECIPES["digits_segmentation"].replace(epochs=3, batch_s
 
 
 TOKEN_LABELING = training.RECIPES["digits_token_labeling"].replace(
-    embed_dim=24, depth=1, num_heads=2, stem_width=4, train_images=45, mixup=0.2
+    embed_dim=24,
+    depth=1,
+    num_heads=2,
+    stem_width=4,
+    train_images=45,
+    mixup=0.2,
+    ground_truth=True,
 )
-TOKEN_LABELING = TOKEN_LABELING.replace(batch_size=15, warmup_epochs=0, epochs=3)
+TOKEN_LABELING = TOKEN_LABELING.replace(
+    batch_size=15, warmup_epochs=0, epochs=3, class_labels="maps"
+)
 
 
 @pytest.mark.parametrize(

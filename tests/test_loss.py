@@ -62,6 +62,8 @@ def test_truth_weighs_half_where_both_agree_and_a_tenth_elsewhere():
     expected = weight * CLASS + (1 - weight) * labels["truth"]
     found = TokenLabelingLoss(ground_truth=True).image_labels(labels, LOGITS)
     np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-6)
+    alone = TokenLabelingLoss(ground_truth=True).image_labels(CLASS, LOGITS)
+    np.testing.assert_array_equal(to_numpy(alone), CLASS)  # these are the truth
 
 
 def test_images_can_be_weighted():
@@ -87,7 +89,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"must be >= 0, got -1 and 1\.0"):
         TokenLabelingLoss(-1)
     with pytest.raises(ValueError, match=r"needs labels with .* got no 'truth'"):
-        TokenLabelingLoss(ground_truth=True)(CLASS, LOGITS)
+        TokenLabelingLoss(ground_truth=True)({"class": CLASS}, LOGITS)
 
 
 def test_soft_cross_entropy_and_accuracy_take_classes_and_probabilities():

@@ -62,7 +62,7 @@ def test_losses_equal_the_published_code(dense_weight, ground_truth):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_mix_then_unmix_is_the_identity_for_a_backbone_of_single_tokens(batch):
+def test_mix_then_unmix_is_the_identity_for_a_backbone_vit_with_registers(batch):
     """Without blocks no token sees another, and positions belong to places."""
     network = ViT("tiny", **SMALL, patch_size=8, depth=0)
     trainer = TokenLabeling(network, mix=MixToken())
@@ -99,20 +99,21 @@ def test_an_empty_box_gives_the_loss_without_mixing():
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
+def vit_with_registers():
+    """It normalises after its pooling, so the fresh token head has a norm of its own."""
+    settings = {"pool": "mean", "norm_after_pool": True, "num_registers": 1}
+    return ViT("tiny", **SMALL, depth=1, patch_size=8, **settings)
+
+
 @pytest.mark.parametrize(
     "network",
     [
         lambda: LVViT("tiny", **LVVIT, drop_path_rate=0.1),
-        lambda: ViT(
-            "tiny",
-            **SMALL,
-            depth=1,
-            pool="mean",
-            norm_after_pool=True,
-            num_registers=1,
-            patch_size=8,
+        pytest.param(vit_with_registers, marks=pytest.mark.heavy),
+        pytest.param(
+            lambda: CPVT("tiny", **SMALL, depth=1, patch_size=8),
+            marks=pytest.mark.heavy,
         ),
-        lambda: CPVT("tiny", **SMALL, depth=1, patch_size=8),
     ],
     ids=["lvvit", "vit", "cpvt"],
 )
@@ -181,6 +182,7 @@ def state(trainer):
     return {key: to_numpy(v.value) for key, v in variables(trainer).items()}
 
 
+@pytest.mark.heavy
 def test_half_precision_averaged_weights_and_accumulated_gradients_together():
     keras.config.set_dtype_policy("mixed_float16")
     network = LVViT("tiny", **LVVIT)

@@ -94,16 +94,16 @@ class TokenLabelingLoss(keras.Loss):
         ground_truth: Whether the image's label is corrected by the true one.
 
     Call arguments:
-        y_true: Classes `(B,)`, or probabilities `(B, C)`: the label of the image, and
-            of each of its tokens; or a dictionary of float32 probabilities: `"class"`
-            `(B, C)`, and if there are such `"tokens"` `(B, h, w, C)` and `"truth"`
-            `(B, C)`.
+        y_true: Classes `(B,)`, or probabilities `(B, C)`: the true label of the image,
+            and of each of its tokens; or a dictionary of float32 probabilities:
+            `"class"` `(B, C)`, and if there are such `"tokens"` `(B, h, w, C)` and
+            `"truth"` `(B, C)`.
         y_pred: Dictionary of the logits `"class"` `(B, C)` and `"tokens"`
             `(B, h, w, C)`, and if tokens were mixed lambda', `"kept"` `(B,)`.
 
     Raises:
-        ValueError: If a weight is negative, or `ground_truth` is asked for and there is
-            no `"truth"`.
+        ValueError: If a weight is negative, or `ground_truth` is asked for and the
+            dictionary has no `"truth"`.
     """
 
     def __init__(
@@ -151,11 +151,12 @@ class TokenLabelingLoss(keras.Loss):
         return kept * labels + (1 - kept) * ops.flip(labels, axis=0)
 
     def _own_labels(self, y_true, num_classes):
-        labels = y_true["class"] if isinstance(y_true, dict) else y_true
-        labels = soft_labels(labels, num_classes)
+        if not isinstance(y_true, dict):
+            return soft_labels(y_true, num_classes)  # that is the truth
+        labels = soft_labels(y_true["class"], num_classes)
         if not self.ground_truth:
             return labels
-        if not isinstance(y_true, dict) or "truth" not in y_true:
+        if "truth" not in y_true:
             raise ValueError(
                 "ground_truth=True needs labels with 'class', the annotator's, and "
                 "'truth'; got no 'truth'."
