@@ -100,7 +100,7 @@ def test_an_empty_box_gives_the_loss_without_mixing():
 
 
 def vit_with_registers():
-    """It normalises after its pooling, so the fresh token head has a norm of its own."""
+    """It normalises after its pooling: the fresh token head has a norm of its own."""
     settings = {"pool": "mean", "norm_after_pool": True, "num_registers": 1}
     return ViT("tiny", **SMALL, depth=1, patch_size=8, **settings)
 
