@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import uuid
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 import keras_vit
 from export.verify import Report, reference_images, sampled, verify
 from keras_vit.embedding import Preprocess
+from keras_vit.model_file import read_model
 
 STAGES = ("save", "rebuild", "trace", "write", "verify", "publish")
 TOLERANCES = {
@@ -106,27 +106,6 @@ def export_saved_model(
     finally:
         shutil.rmtree(target, ignore_errors=True)
     return published
-
-
-def read_model(path: str | Path) -> keras.Model:
-    """Load a `.keras` file, or say in one sentence why it cannot be loaded.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-        ValueError: If it is damaged or holds something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no model file {path}.")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} must be a .keras file; it is damaged or another kind."
-        )
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be loaded: {reason}") from error
 
 
 def _labels(model, labels):

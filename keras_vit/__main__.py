@@ -226,7 +226,7 @@ def evaluate(
 ) -> None:
     """Accuracy, loss and mean IoU of a model on the held-out part of a dataset."""
     import training
-    from export.saved_model import read_model
+    from keras_vit.model_file import read_model
     from training.files import model_file
     from training.picture import draw_segmentation
     from training.task import is_segmentation

@@ -313,7 +313,7 @@ def test_a_teacher_of_other_classes_and_data_with_masks_are_refused(work, tmp_pa
         ValueError, match=r"images with a class each, .* 'digit_scenes:64"
     ):
         annotate(folder / "teacher.keras", few_scenes(), tmp_path / "new")
-    with pytest.raises(FileNotFoundError, match="There is no teacher nowhere"):
+    with pytest.raises(FileNotFoundError, match="There is no model file nowhere"):
         annotate("nowhere.keras", data, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

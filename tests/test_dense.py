@@ -373,7 +373,7 @@ def test_an_annotator_needs_a_size_where_any_is_taken(tmp_path):
 def test_an_annotator_needs_a_whole_file(tmp_path):
     path = tmp_path / "teacher.keras"
     with pytest.raises(
-        FileNotFoundError, match=r"There is no teacher .*teacher\.keras"
+        FileNotFoundError, match=r"There is no model file .*teacher\.keras"
     ):
         load_annotator(path, None, None, None)
     network().save(path)

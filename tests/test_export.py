@@ -14,9 +14,9 @@ from PIL import Image
 
 import export
 from export import Runtime, RuntimeCrashError, StatusError, export_saved_model, verify
-from export.saved_model import read_model
 from export.session import strings
 from keras_vit import CPVT, LVViT, ViT
+from keras_vit.model_file import read_model
 from keras_vit.vit import POSITIONS
 
 ROOT = Path(__file__).parent.parent

@@ -71,7 +71,7 @@ def annotate(
         The finished store.
 
     Raises:
-        FileNotFoundError: If there is no teacher.
+        FileNotFoundError: If there is no such file.
         ValueError: If the teacher is no classifier that can be asked of places
             (`dense_classifier`) or does not fit the data, an option does not fit the
             teacher, the folder holds other maps or something else, the labels are

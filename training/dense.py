@@ -5,7 +5,6 @@ Shapes in this file:
     R prefix tokens, D channels, C classes, k classes that are kept of a place.
 """
 
-import zipfile
 from pathlib import Path
 
 import keras
@@ -14,6 +13,7 @@ from keras import layers, ops
 from keras_vit.embedding import FeatureMap, PixelNormalization, Preprocess
 from keras_vit.encoder import size_pair
 from keras_vit.head import AttentionPool, MeanPool, TokenPool
+from keras_vit.model_file import read_model
 
 TOP = 5
 FEW_CLASSES = 16  # as many are all kept
@@ -114,7 +114,7 @@ def load_annotator(
         FileNotFoundError: If there is no file.
         ValueError: Those of `annotate` that speak of the teacher.
     """
-    model = _read_teacher(Path(teacher))
+    model = read_model(teacher)
     dense = dense_classifier(model)
     has_own = any(isinstance(x, PixelNormalization) for x in model.layers)
     if has_own and normalization is not None:
@@ -270,20 +270,6 @@ def _pooled_map(teacher):
     raise ValueError(
         f"{RULE}; {teacher.name!r} has no such pooling, its end is {last}."
     )
-
-
-def _read_teacher(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no teacher {path}.")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"The teacher {path} must be a .keras file; it is damaged or another kind."
-        )
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The teacher {path} cannot be loaded: {reason}") from error
 
 
 def _image_size(model, image_size):
