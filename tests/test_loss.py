@@ -90,6 +90,11 @@ def test_wrong_arguments_are_refused():
         TokenLabelingLoss(-1)
     with pytest.raises(ValueError, match=r"needs labels with .* got no 'truth'"):
         TokenLabelingLoss(ground_truth=True)({"class": CLASS}, LOGITS)
+    with pytest.raises(ValueError, match=r"probabilities \(B, 5\), got \(4, 4\)"):
+        TokenLabelingLoss()(CLASS[:, :4], LOGITS)
+    for tokens in (TOKENS[:, :1], TOKENS[..., :4], TOKENS.reshape(4, 6, 5)):
+        with pytest.raises(ValueError, match=r"of the token logits, .*, got \(4, "):
+            TokenLabelingLoss()({**LABELS, "tokens": tokens}, LOGITS)
 
 
 def test_soft_cross_entropy_and_accuracy_take_classes_and_probabilities():

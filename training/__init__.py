@@ -17,6 +17,8 @@ _HOMES = {
     "annotate": "training.annotator",
     "callbacks": "training.loop",
     "compile_model": "training.loop",
+    "draw_mixing": "training.token_picture",
+    "draw_tokens": "training.token_picture",
     "evaluate": "training.evaluation",
     "fit": "training.loop",
     "load_data": "training.data",

@@ -19,9 +19,17 @@ def soft_labels(labels, num_classes):
 
     Returns:
         float32 `(B, C)`.
+
+    Raises:
+        ValueError: If they have another shape.
     """
     if len(labels.shape) == 2 and labels.shape[-1] == num_classes > 1:
         return ops.cast(labels, "float32")
+    if len(labels.shape) != 1 and tuple(labels.shape[1:]) != (1,):
+        raise ValueError(
+            f"Labels must be classes (B,) or (B, 1), or probabilities (B, {num_classes}"
+            f"), got {tuple(labels.shape)}."
+        )
     labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
     return ops.one_hot(labels, num_classes, dtype="float32")
 
@@ -102,8 +110,8 @@ class TokenLabelingLoss(keras.Loss):
             `(B, h, w, C)`, and if tokens were mixed lambda', `"kept"` `(B,)`.
 
     Raises:
-        ValueError: If a weight is negative, or `ground_truth` is asked for and the
-            dictionary has no `"truth"`.
+        ValueError: If a weight is negative, labels have other shapes, or `ground_truth`
+            is asked for and the dictionary has no `"truth"`.
     """
 
     def __init__(
@@ -133,6 +141,7 @@ class TokenLabelingLoss(keras.Loss):
         logits = y_pred["tokens"]
         if isinstance(y_true, dict) and "tokens" in y_true:
             of_each = ops.cast(y_true["tokens"], "float32")
+            _check_shape(of_each, logits)
         else:
             of_each = self._own_labels(y_true, logits.shape[-1])[:, None, None]
         of_tokens = ops.mean(cross_entropy(of_each, logits), axis=(1, 2))
@@ -165,3 +174,13 @@ class TokenLabelingLoss(keras.Loss):
         agree = ops.equal(ops.argmax(labels, -1), ops.argmax(truth, -1))
         weight = ops.where(agree, 0.5, 0.9)[:, None]
         return weight * labels + (1 - weight) * truth
+
+
+def _check_shape(labels, logits):
+    pairs = zip(labels.shape, logits.shape, strict=False)
+    differ = any(a != b for a, b in pairs if None not in (a, b))
+    if differ or len(labels.shape) != len(logits.shape):
+        raise ValueError(
+            "Labels of tokens must have the shape (B, h, w, C) of the token logits, "
+            f"{tuple(logits.shape)}, got {tuple(labels.shape)}."
+        )
