@@ -64,8 +64,8 @@ RECIPES = {
         Recipe(
             name="digits_token_labeling",
             source="made for this package, after https://arxiv.org/abs/2104.10858",
-            cost="about 2 minutes on 2 CPU cores",
-            expected="not measured",
+            cost="about 3 minutes on 2 CPU cores",
+            expected="94.2 % of the 360 held-out images, with seed 0",
             data="placed_digits:24",
             family="LVViT",
             model={
