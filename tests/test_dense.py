@@ -10,6 +10,7 @@ from keras_vit import CPVT, PCPVT, LVViT, ViT
 from keras_vit.embedding import PixelNormalization, Preprocess
 from training.dense import dense_classifier, dense_scores, load_annotator
 
+pytestmark = pytest.mark.heavy  # many networks, and JAX compiles each
 SIZE = (32, 48)
 TINY = {"image_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 1}
 PYRAMID = {
@@ -122,7 +123,6 @@ def test_the_tail_is_applied_at_each_place(options):
     assert_each_place_is_asked_as_if_it_filled_the_map(teacher, "pooled", pictures())
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name, pool, options",
     [
@@ -195,7 +195,6 @@ def test_the_heads_of_our_models_are_asked_about_patch_tokens(name):
     )
 
 
-@pytest.mark.heavy
 def test_the_grid_of_a_pyramid_is_that_of_its_last_stage():
     teacher = random_weights(
         PCPVT("small", image_size=(64, 96), num_classes=5, **PYRAMID)

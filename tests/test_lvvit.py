@@ -60,6 +60,7 @@ def test_outputs_equal_the_published_code():
         np.testing.assert_allclose(x.reshape(GOLDEN[key].shape), GOLDEN[key], atol=1e-4)
 
 
+@pytest.mark.heavy
 def test_without_token_weight_the_class_head_answers_alone():
     model = small(token_weight=0)
     assert "token_head" not in [layer.name for layer in model.layers]
@@ -69,6 +70,7 @@ def test_without_token_weight_the_class_head_answers_alone():
     assert small().count_params() - model.count_params() == 24 * 7 + 7
 
 
+@pytest.mark.heavy
 def test_any_size_at_run_time_equals_the_model_built_for_that_size(tmp_path):
     """48 pixels are the grid of the table; others resample it, or are padded."""
     model = published_model()
@@ -91,6 +93,7 @@ def test_any_size_at_run_time_equals_the_model_built_for_that_size(tmp_path):
     )
 
 
+@pytest.mark.heavy
 def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path):
     model = small(drop_path_rate=0.1)
     model.save(tmp_path / "model.keras")
@@ -99,6 +102,7 @@ def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path):
     np.testing.assert_array_equal(loaded.predict_on_batch(x), model.predict_on_batch(x))
 
 
+@pytest.mark.heavy
 def test_features_are_the_normalised_class_token():
     y = small(num_classes=0).predict_on_batch(images())
     assert y.shape == (2, 24)
@@ -106,6 +110,7 @@ def test_features_are_the_normalised_class_token():
     np.testing.assert_allclose(y.std(-1), 1, atol=2e-2)  # epsilon is 1e-5
 
 
+@pytest.mark.heavy
 def test_it_is_a_backbone_of_segmentation():
     model = SemanticFPN(small(num_classes=0, depth=4), 5, channels=8)
     assert model.output_shape == (None, 32, 32, 5)
@@ -119,6 +124,7 @@ def test_logits_are_float32_under_mixed_precision():
     assert dtypes == ["float32"] * 3 + ["bfloat16"]
 
 
+@pytest.mark.heavy
 def test_initialisation_is_the_one_of_the_code():
     model = LVViT("small", depth=1, num_classes=10)
     by_path = {v.path: to_numpy(v) for v in model.weights}

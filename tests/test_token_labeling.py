@@ -139,6 +139,7 @@ def test_fit_trains_both_heads_of_any_plain_vision_transformer(network):
     assert same == []
 
 
+@pytest.mark.heavy
 def test_the_network_that_comes_out_is_plain_and_is_what_is_evaluated(tmp_path):
     network = LVViT("tiny", **LVVIT)
     trainer = compiled(TokenLabeling(network, mix=MixToken()))
@@ -154,6 +155,7 @@ def test_the_network_that_comes_out_is_plain_and_is_what_is_evaluated(tmp_path):
     assert found["accuracy"] == pytest.approx((logits.argmax(-1) == y).mean())
 
 
+@pytest.mark.heavy
 def test_the_same_state_repeats_the_same_training():
     """The state of the boxes is among the variables: a resumed run draws the same."""
     trainer = compiled(TokenLabeling(LVViT("tiny", **LVVIT), mix=MixToken()))
