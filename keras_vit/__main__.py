@@ -1,10 +1,11 @@
 """The command line: keras-vit demo, train, annotate, export, predict and others."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
+
+from training.command import parse_changes, parse_size
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported
 
@@ -128,12 +129,17 @@ def train(
     chosen = find_recipe(recipe)
     if data is not None:
         chosen = chosen.replace(data=data)
-    chosen = chosen.replace(**_parse(change or []))
+    chosen = chosen.replace(**parse_changes(change or []))
     run_dir = run_dir or Path("runs") / recipe
 
     import training
 
     images = training.load_data(chosen.data)
+    if labels is not None and chosen.token_labeling is None:
+        raise ValueError(
+            f"--labels is for recipes that label tokens, {chosen.name!r} labels none; "
+            "add --set 'token_labeling={}' to label them."
+        )
     if labels is not None:
         images = training.with_label_maps(images, labels)
     model = training.fit(
@@ -179,7 +185,7 @@ def annotate(
     from training.files import model_file
 
     path, names = model_file(teacher)
-    size = None if image_size is None else _size(image_size)
+    size = None if image_size is None else parse_size(image_size)
     images = training.load_data(data)
     if names not in (None, list(images.labels)):
         raise ValueError(
@@ -223,6 +229,9 @@ def evaluate(
         Path | None,
         typer.Option(help="PNG file of images, labels and answers (pixels, tokens)."),
     ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label maps for the picture, from `annotate`.")
+    ] = None,
 ) -> None:
     """Accuracy, loss and mean IoU of a model on the held-out part of a dataset."""
     import training
@@ -233,7 +242,7 @@ def evaluate(
     from training.token_picture import draw_tokens
 
     path, _ = model_file(model)
-    size = None if image_size is None else _size(image_size)
+    size = None if image_size is None else parse_size(image_size)
     network = read_model(path)
     has_tokens = "token_head" in [layer.name for layer in network.layers]
     if picture is not None and not (is_segmentation(network) or has_tokens):
@@ -242,6 +251,13 @@ def evaluate(
             "model gives one answer an image."
         )
     images = training.load_data(data)
+    if labels is not None:
+        images = training.with_label_maps(images, labels)
+    if picture is not None and has_tokens and images.label_maps is None:
+        raise ValueError(
+            f"A picture of tokens needs label maps, {data!r} has none; make some with "
+            "keras-vit annotate and give them as --labels."
+        )
     result = training.evaluate(network, images, batch_size, size)
     figures = f"accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}"
     if images.masks:
@@ -337,28 +353,6 @@ def main() -> None:
             raise
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def _parse(changes: list[str]) -> dict:
-    """`["epochs=3", "pool=mean"]` to values: JSON where it is, else text."""
-    values = {}
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not (name and equals):
-            raise ValueError(f"--set must be NAME=VALUE, got {change!r}.")
-        try:
-            values[name] = json.loads({"None": "null"}.get(text, text))
-        except ValueError:
-            values[name] = text
-    return values
-
-
-def _size(text: str) -> tuple[int, int]:
-    """`"96"` or `"64x96"` to height and width."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(x.isdecimal() and int(x) > 0 for x in sides):
-        raise ValueError(f"--image-size must be N or HxW, in pixels, got {text!r}.")
-    return int(sides[0]), int(sides[-1])
 
 
 def _print_report(report) -> None:

@@ -193,6 +193,8 @@ def test_a_deleted_shard_is_made_again_and_alone(work, tmp_path):
     flip(path)
     with pytest.raises(ValueError, match=r"train-00003-of-00005\.npz"):
         open_labels(labels).check()
+    with pytest.raises(ValueError, match=r"damaged or missing: train-0000\d-of-00005"):
+        annotate(folder / "teacher.keras", data, labels, **OPTIONS)
     path.unlink()
     others = {x: x.stat().st_mtime_ns for x in labels.glob("train-*")}
     annotate(folder / "teacher.keras", data, labels, **OPTIONS)

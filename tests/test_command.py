@@ -268,6 +268,7 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
             "--picture is for models that answer for each pixel or each token; this",
         ),
         ("train digits --data digit_scenes:5000", "32..256 pixels, got 5000."),
+        ("train digits --labels maps", "that label tokens, 'digits' labels none; add"),
         ("train digits --set family=Vit", "got 'Vit'. Did you mean 'ViT'?"),
         ("export {empty} out", "must be a run directory with run.json"),
         ("export {work}/runs/digits out --labels no.txt", "no file of labels no.txt."),

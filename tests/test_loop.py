@@ -163,6 +163,13 @@ def test_a_model_of_another_number_of_classes_is_refused(data, tmp_path):
         training.fit(lambda: RECIPE.build_model(3), data, RECIPE, tmp_path)
 
 
+def test_labels_that_cannot_be_made_leave_no_run_behind(data, tmp_path):
+    recipe = RECIPE.replace(token_labeling={"class_labels": "maps"})
+    with pytest.raises(ValueError, match="class_labels='maps' needs label maps"):
+        training.fit(build, data, recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_image_is_named(tmp_path):
     folder = write_images(tmp_path / "images", {"a": 30, "b": 30})
     (folder / "b" / "007.png").write_bytes(b"not an image")

@@ -92,9 +92,18 @@ def test_wrong_arguments_are_refused():
         TokenLabelingLoss(ground_truth=True)({"class": CLASS}, LOGITS)
     with pytest.raises(ValueError, match=r"probabilities \(B, 5\), got \(4, 4\)"):
         TokenLabelingLoss()(CLASS[:, :4], LOGITS)
+    with pytest.raises(ValueError, match=r"must have 'class', .* got 'tokens'"):
+        TokenLabelingLoss()({"tokens": TOKENS}, LOGITS)
     for tokens in (TOKENS[:, :1], TOKENS[..., :4], TOKENS.reshape(4, 6, 5)):
         with pytest.raises(ValueError, match=r"of the token logits, .*, got \(4, "):
             TokenLabelingLoss()({**LABELS, "tokens": tokens}, LOGITS)
+
+
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_a_class_that_does_not_exist_is_not_a_number(wrong):
+    classes = np.array([3, wrong, 4, 4])
+    assert np.isnan(float(SoftCrossEntropy()(classes, LOGITS["class"])))
+    assert np.isnan(float(TokenLabelingLoss()(classes, LOGITS)))
 
 
 def test_soft_cross_entropy_and_accuracy_take_classes_and_probabilities():

@@ -220,3 +220,15 @@ def test_half_precision_averaged_weights_and_accumulated_gradients_together():
 def test_other_networks_are_refused(network):
     with pytest.raises(ValueError, match=r"plain vision transformer .* got '.*without"):
         TokenLabeling(network())
+
+
+def test_what_the_trainer_does_itself_cannot_be_replaced():
+    network = ViT("tiny", **SMALL, depth=1)
+    with pytest.raises(ValueError, match="loss must be a TokenLabelingLoss or None"):
+        TokenLabeling(network, MixToken())
+    with pytest.raises(
+        ValueError, match=r"mix must be a MixToken or None, got 'paper'"
+    ):
+        TokenLabeling(network, mix="paper")
+    with pytest.raises(ValueError, match=r"its own metrics, .*'accuracy'"):
+        TokenLabeling(network).compile("adam", metrics=["accuracy"])

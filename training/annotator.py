@@ -42,8 +42,8 @@ def annotate(
 
     At each place of the teacher's last map the probabilities of the best k classes are
     kept (`dense_classifier`). Killed at any moment, the same call goes on with the
-    shards that are missing, and ends in the same bytes; of a finished store it makes
-    again what was deleted.
+    shards that are missing, and ends in the same bytes; a finished store is checked,
+    and what was deleted of it is made again.
 
     Differs from the source's code in that probabilities are stored, not logits, so
     that what is missing to 1 is known, where the code fills in logits of 0, which take
@@ -88,6 +88,7 @@ def annotate(
     store = begin(plan)
     missing = store.missing()
     if store.checksums and not missing:
+        store.check()
         return store
     with tqdm(
         total=store.images,

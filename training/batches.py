@@ -60,7 +60,7 @@ def training_batches(
             and there are none.
     """
     augmentation = augmentation or Augmentation()
-    _check(data, augmentation, token_grid, class_labels)
+    check_labels(data, augmentation, token_grid, class_labels)
     steps = steps_per_epoch(data, batch_size)
     follows = token_grid is not None and data.label_maps is not None
     stream = _examples(data, follows, steps * batch_size, first_epoch, epochs, seed)
@@ -153,7 +153,17 @@ def steps_per_epoch(data: Dataset, batch_size: int) -> int:
     return steps
 
 
-def _check(data, augmentation, token_grid, class_labels):
+def check_labels(
+    data: Dataset,
+    augmentation: Augmentation,
+    token_grid: tuple[int, int] | None,
+    class_labels: str,
+) -> None:
+    """Refuse labels that cannot be made of the data.
+
+    Raises:
+        ValueError: Those of `training_batches` that speak of labels.
+    """
     changes_labels = (
         augmentation.random_resized_crop is not None
         or augmentation.softens_labels

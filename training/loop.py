@@ -25,7 +25,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from keras_vit import kernels
-from training.batches import steps_per_epoch, training_batches, validation_batches
+from training.batches import (
+    check_labels,
+    steps_per_epoch,
+    training_batches,
+    validation_batches,
+)
 from training.data import Dataset, subset
 from training.files import replacing
 from training.optimize import optimizer
@@ -78,6 +83,12 @@ def fit(
         check_fits(network, data)
         preprocess = preprocess_for(network, data)
         model = trainer(network, recipe)
+        labels = {
+            "augmentation": recipe.augmentation,
+            "token_grid": token_grid(network, preprocess, recipe),
+            "class_labels": _class_labels(recipe),
+        }
+        check_labels(data, **labels)
         _describe_run(run_dir, recipe, data, preprocess, policy)
         compile_model(model, recipe, steps)
         first_epoch = resume(model, run_dir)
@@ -88,9 +99,7 @@ def fit(
             epochs=recipe.epochs,
             first_epoch=first_epoch,
             seed=recipe.seed,
-            augmentation=recipe.augmentation,
-            token_grid=token_grid(network, preprocess, recipe),
-            class_labels=_class_labels(recipe),
+            **labels,
         )
         held_out = validation_batches(data, preprocess, recipe.batch_size)
         if first_epoch < recipe.epochs:

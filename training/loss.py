@@ -18,7 +18,8 @@ def soft_labels(labels, num_classes):
         num_classes: C.
 
     Returns:
-        float32 `(B, C)`.
+        float32 `(B, C)`. A class outside of 0..C - 1 makes its row, and every loss that
+        it is in, not a number.
 
     Raises:
         ValueError: If they have another shape.
@@ -31,7 +32,9 @@ def soft_labels(labels, num_classes):
             f"), got {tuple(labels.shape)}."
         )
     labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
-    return ops.one_hot(labels, num_classes, dtype="float32")
+    known = ops.logical_and(labels >= 0, labels < num_classes)
+    rows = ops.one_hot(ops.where(known, labels, 0), num_classes, dtype="float32")
+    return ops.where(known[:, None], rows, float("nan"))
 
 
 def cross_entropy(labels, logits):
@@ -110,8 +113,8 @@ class TokenLabelingLoss(keras.Loss):
             `(B, h, w, C)`, and if tokens were mixed lambda', `"kept"` `(B,)`.
 
     Raises:
-        ValueError: If a weight is negative, labels have other shapes, or `ground_truth`
-            is asked for and the dictionary has no `"truth"`.
+        ValueError: If a weight is negative, labels have other shapes, the dictionary
+            has no `"class"`, or `ground_truth` is asked for and it has no `"truth"`.
     """
 
     def __init__(
@@ -162,6 +165,11 @@ class TokenLabelingLoss(keras.Loss):
     def _own_labels(self, y_true, num_classes):
         if not isinstance(y_true, dict):
             return soft_labels(y_true, num_classes)  # that is the truth
+        if "class" not in y_true:
+            raise ValueError(
+                "A dictionary of labels must have 'class', that of the image; got "
+                f"{', '.join(map(repr, y_true))}."
+            )
         labels = soft_labels(y_true["class"], num_classes)
         if not self.ground_truth:
             return labels

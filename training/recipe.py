@@ -173,7 +173,7 @@ class Recipe:
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs must be in [0, epochs={self.epochs}), "
-                f"got {self.warmup_epochs}."
+                f"got {self.warmup_epochs}; change it along with epochs."
             )
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", self.precision, PRECISIONS))

@@ -3,7 +3,7 @@
 import keras
 from keras import layers, ops
 
-from keras_vit import FeatureMap
+from keras_vit import FeatureMap, MixToken
 from training.loss import SoftAccuracy, SoftCrossEntropy, TokenLabelingLoss
 
 
@@ -47,11 +47,20 @@ class TokenLabeling(keras.Model):
         image's own.
 
     Raises:
-        ValueError: If the network has no such nodes, or no classes.
+        ValueError: If the network has no such nodes, or no classes; if `loss` or `mix`
+            is something else; if `compile` is given another loss or metrics.
     """
 
     def __init__(self, network, loss=None, mix=None, **kwargs):
         super().__init__(**kwargs)
+        for name, value, kind in (
+            ("loss", loss, TokenLabelingLoss),
+            ("mix", mix, MixToken),
+        ):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(
+                    f"{name} must be a {kind.__name__} or None, got {value!r}."
+                )
         self.network = network
         self.labeling = TokenLabelingLoss() if loss is None else loss
         self.mix = mix
@@ -81,6 +90,15 @@ class TokenLabeling(keras.Model):
         self.class_loss = keras.metrics.Mean(name="class_loss")
         self.token_loss = keras.metrics.Mean(name="token_loss")
         self.built = True
+
+    def compile(self, optimizer="rmsprop", loss=None, metrics=None, **kwargs):
+        """As that of Keras, but that loss and metrics are the trainer's own."""
+        if loss is not None or metrics is not None:
+            raise ValueError(
+                "TokenLabeling has its own metrics, and its loss is an argument of the "
+                f"constructor; got loss={loss!r} and metrics={metrics!r}."
+            )
+        super().compile(optimizer, **kwargs)
 
     def call(self, images, training=None):
         grid = self.stem(images, training=training)
