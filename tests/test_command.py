@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import pytest
 from PIL import Image
-from test_data import write_images
+from test_data import tiny_segmenter, write_images
 from test_labels import content, flip
 
 import training
@@ -83,6 +83,7 @@ def test_evaluate_prints_the_accuracy(work, capsys, monkeypatch):
     assert code == 0 and "6 held-out images" in out and "accuracy" in out
 
 
+@pytest.mark.slow
 def test_train_prints_the_mean_iou_of_a_segmentation(segmentation):
     run_dir, printed = segmentation
     row = (run_dir / "history.csv").read_text().splitlines()[1].split(",")
@@ -91,6 +92,7 @@ def test_train_prints_the_mean_iou_of_a_segmentation(segmentation):
     assert f"held-out mean IoU {score:.4f}, pixel accuracy" in printed
 
 
+@pytest.mark.slow
 def test_evaluate_takes_a_segmentation_to_another_canvas(
     segmentation, tmp_path, capsys, monkeypatch
 ):
@@ -258,7 +260,7 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
             "logits (B, H, W, C) for masks of 'digit_scenes:32', got (None, 2).",
         ),
         (
-            "evaluate {segmentation} --data digits",
+            "evaluate {segmenter} --data digits",
             "logits (B, C) for images of 'digits', got (None, None, None, 11).",
         ),
         ("evaluate {work}/runs/digits --data {data} --image-size 32", "16 x 16 pixels"),
@@ -305,7 +307,7 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
     ],
 )
 def test_a_wrong_input_is_one_sentence(
-    work, segmentation, tmp_path, capsys, monkeypatch, arguments, sentence
+    work, tmp_path, capsys, monkeypatch, arguments, sentence
 ):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -315,10 +317,12 @@ def test_a_wrong_input_is_one_sentence(
     names = {
         "work": work,
         "data": f"folder:{work}/images",
-        "segmentation": segmentation[0],
+        "segmenter": tmp_path / "segmenter.keras",
         "empty": empty,
         "damaged": damaged,
     }
+    if "{segmenter}" in arguments:
+        tiny_segmenter().save(names["segmenter"])
     monkeypatch.chdir(tmp_path)
     words = [word.format(**names) for word in arguments.split()]
     code, _, err = run(capsys, monkeypatch, *words)

@@ -317,7 +317,10 @@ def test_both_heads_of_an_lvvit_are_exported(tmp_path):
     assert verify(artifact).ok
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy",
+    ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)],
+)
 def test_a_mixed_precision_model_answers_in_float32(tmp_path, policy):
     keras.config.set_dtype_policy(policy)
     artifact = export_saved_model(build(), tmp_path / "half", progress=False)

@@ -105,7 +105,10 @@ training.fit(build, training.load_data(sys.argv[1]), RECIPE, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("when, done", [("training", 2), ("writing", 1)])
+@pytest.mark.parametrize(
+    "when, done",
+    [("training", 2), pytest.param("writing", 1, marks=pytest.mark.slow)],
+)
 def test_killed_and_run_again_it_ends_as_if_undisturbed(
     data, undisturbed, tmp_path, when, done
 ):
@@ -230,7 +233,10 @@ TOKEN_LABELING = TOKEN_LABELING.replace(
 
 @pytest.mark.parametrize(
     "recipe",
-    [SEGMENTATION, pytest.param(TOKEN_LABELING, marks=pytest.mark.heavy)],
+    [
+        pytest.param(SEGMENTATION, marks=pytest.mark.slow),
+        pytest.param(TOKEN_LABELING, marks=pytest.mark.heavy),
+    ],
     ids=lambda recipe: recipe.name,
 )
 def test_an_interrupted_run_ends_as_if_undisturbed(tmp_path, monkeypatch, recipe):

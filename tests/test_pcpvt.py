@@ -89,7 +89,7 @@ def test_drop_path_grows_over_all_blocks():
     np.testing.assert_allclose(rates, np.linspace(0, 0.6, 7))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_fit_lowers_the_loss_in_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     sizes = {**SMALL, "depths": (1, 1, 1, 1), "num_classes": 4}

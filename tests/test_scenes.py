@@ -76,7 +76,7 @@ def test_each_part_shows_digits_of_its_own_split(monkeypatch):
 def test_digits_are_enlarged_bilinearly(side):
     digit = read_digits()["train"][0][0]
     expected = tf.image.resize(digit[..., None], (side, side))[..., 0]
-    assert np.abs(scenes._enlarge(digit, side) - expected).max() <= 0.5 + 1e-3
+    assert np.abs(scenes.enlarge(digit, side) - expected).max() <= 0.5 + 1e-3
 
 
 @pytest.mark.parametrize("size", [0, 31, 257])

@@ -78,7 +78,7 @@ def test_mixed_precision_has_float32_logits(policy):
     assert 0 < difference < 0.1
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_fit_learns_where_the_object_is():
     rng = np.random.default_rng(0)
     x = np.zeros((16, 32, 32, 3), "float32")

@@ -109,10 +109,10 @@ def vit_with_registers():
     "network",
     [
         lambda: LVViT("tiny", **LVVIT, drop_path_rate=0.1),
-        pytest.param(vit_with_registers, marks=pytest.mark.heavy),
+        pytest.param(vit_with_registers, marks=pytest.mark.slow),
         pytest.param(
             lambda: CPVT("tiny", **SMALL, depth=1, patch_size=8),
-            marks=pytest.mark.heavy,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["lvvit", "vit", "cpvt"],

@@ -231,7 +231,7 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
         ViT("tiny", image_size=40)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_position_trains_a_step_saves_and_reloads(tmp_path, position):
     # The mean: no one reads the class token's relative positions in the last block.
