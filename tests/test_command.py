@@ -204,7 +204,8 @@ def test_train_takes_label_maps_of_its_data_alone(
     """What it does with them is told by `tests/test_loop.py`."""
     write_images(tmp_path / "others", {"a": 30, "b": 31})
     arguments = ["--data", f"folder:{tmp_path}/others", "--labels", labels[0]]
-    code, _, err = run(capsys, monkeypatch, "train", "digits", *arguments)
+    recipe = "digits_token_labeling"
+    code, _, err = run(capsys, monkeypatch, "train", recipe, *arguments)
     assert code == 1 and "holds label maps of 'folder:images' (54 images, 2 cl" in err
 
 
@@ -279,7 +280,10 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
         ("predict {work}/models/digits {empty}", "contains no image (.jpg"),
         ("labels {empty}", "must be a folder of label maps, with labels.json."),
         ("labels nowhere", "There is no folder of label maps nowhere."),
-        ("train digits --labels nowhere", "There is no folder of label maps nowhere."),
+        (
+            "train digits_token_labeling --labels nowhere",
+            "There is no folder of label maps nowhere.",
+        ),
         (
             "annotate --teacher nowhere --data digits --out out",
             "no run directory or mo",
