@@ -300,7 +300,7 @@ def test_every_position_is_exported(tmp_path, position):
     np.testing.assert_allclose(logits, to_numpy(model(images)), atol=2e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_both_heads_of_an_lvvit_are_exported(tmp_path):
     """What is verified asks its convolutions for images of wrong ranks, too."""
     model = LVViT(

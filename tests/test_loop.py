@@ -152,7 +152,8 @@ def test_another_recipe_does_not_continue_the_run(data, undisturbed):
         training.fit(build, data, other, undisturbed[0])
 
 
-@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.heavy
+@pytest.mark.parametrize("size", [0, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_truncated_state_is_one_sentence(data, tmp_path, size):
     recipe = RECIPE.replace(epochs=2)
     training.fit(build, data, recipe, tmp_path)
@@ -181,7 +182,10 @@ def test_a_damaged_image_is_named(tmp_path):
         training.fit(build, broken, RECIPE, tmp_path / "run")
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy",
+    ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)],
+)
 def test_mixed_precision_trains_and_the_policy_is_restored(data, tmp_path, policy):
     recipe = RECIPE.replace(precision=policy, epochs=2)
     model = training.fit(build, data, recipe, tmp_path)
@@ -231,12 +235,10 @@ TOKEN_LABELING = TOKEN_LABELING.replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
-    [
-        pytest.param(SEGMENTATION, marks=pytest.mark.slow),
-        pytest.param(TOKEN_LABELING, marks=pytest.mark.heavy),
-    ],
+    [SEGMENTATION, TOKEN_LABELING],
     ids=lambda recipe: recipe.name,
 )
 def test_an_interrupted_run_ends_as_if_undisturbed(tmp_path, monkeypatch, recipe):
@@ -300,6 +302,7 @@ def test_the_best_segmentation_is_that_of_mean_iou(tmp_path, better):
     assert bias.sum() == (11 if better == "mean_iou" else 0)
 
 
+@pytest.mark.heavy
 def test_model_fit_of_a_user_is_resumed_too(tmp_path):
     """`compile_model`, `callbacks` and `resume`, without `training.fit`."""
     x = np.random.default_rng(0).uniform(0, 255, (16, 16, 16, 3)).astype("float32")

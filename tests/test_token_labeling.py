@@ -187,7 +187,7 @@ def state(trainer):
     return {key: to_numpy(v.value) for key, v in variables(trainer).items()}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_half_precision_averaged_weights_and_accumulated_gradients_together():
     keras.config.set_dtype_policy("mixed_float16")
     network = LVViT("tiny", **LVVIT)
