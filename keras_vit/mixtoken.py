@@ -39,7 +39,7 @@ class MixToken(layers.Layer):
     see the other image within the reach of the kernel: one token for 3 x 3.
 
     Source: Jiang et al. 2021, "All Tokens Matter: Token Labeling for Training Better
-    Vision Transformers", section 3.2, https://arxiv.org/abs/2104.10858.
+    Vision Transformers", https://arxiv.org/abs/2104.10858.
 
     Args:
         sides: `"paper"` or `"unbiased"`.

@@ -23,7 +23,7 @@ class ConvStem(layers.Layer):
     them.
 
     Source: Jiang et al. 2021, "All Tokens Matter: Token Labeling for Training Better
-    Vision Transformers", section 3.3, https://arxiv.org/abs/2104.10858.
+    Vision Transformers", https://arxiv.org/abs/2104.10858.
     Differs from the source in that an image whose size is only known at run time is
     padded with zeros on the right and at the bottom to a multiple of P.
 

@@ -203,7 +203,6 @@ def test_a_deleted_shard_is_made_again_and_alone(work, tmp_path):
 
 
 def test_beam_writes_the_same_bytes(work, tmp_path):
-    pytest.importorskip("apache_beam", reason="Apache Beam is not installed")
     folder, data = work
     options = {**OPTIONS, "runner": "DirectRunner"}
     annotate(folder / "teacher.keras", data, tmp_path / "labels", **options)
@@ -214,7 +213,6 @@ def test_beam_writes_the_same_bytes(work, tmp_path):
 
 
 def test_beam_finds_its_data_by_name(work, tmp_path):
-    pytest.importorskip("apache_beam", reason="Apache Beam is not installed")
     folder, data = work
     fewer = {"train": data.stream("train").take(9)}
     other = dataclasses.replace(
@@ -244,8 +242,6 @@ def test_a_runner_without_beam_is_told_what_to_install(work, tmp_path, monkeypat
 @pytest.mark.parametrize("runner", [None, "DirectRunner"])
 def test_a_damaged_image_is_named_and_what_is_done_stays(work, tmp_path, runner):
     folder, _ = work
-    if runner:
-        pytest.importorskip("apache_beam", reason="Apache Beam is not installed")
     images = write_images(tmp_path / "images", {"a": 14, "b": 14})
     whole = (images / "b/001.png").read_bytes()
     (images / "b/001.png").write_bytes(whole[:50] + bytes(len(whole) - 50))

@@ -37,6 +37,7 @@ OTHERS = [
 ]
 
 
+# The children run with KERAS_VIT_ONE_BACKEND=1: they must not start their own.
 one_backend = pytest.mark.skipif(
     os.environ.get("KERAS_VIT_ONE_BACKEND") == "1", reason="asked for one backend only"
 )

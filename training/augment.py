@@ -51,7 +51,7 @@ def random_resized_crop(
     and the place among those where the crop fits. The first of ten draws whose size
     fits is taken; where none does, the largest central crop within `ratio`.
 
-    Source: Szegedy et al. 2015, "Going Deeper with Convolutions", section 6,
+    Source: Szegedy et al. 2015, "Going Deeper with Convolutions",
     https://arxiv.org/abs/1409.4842; the ten draws and what follows them are those of
     torchvision's RandomResizedCrop.
 

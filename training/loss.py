@@ -96,7 +96,7 @@ class TokenLabelingLoss(keras.Loss):
     the truth weighs more where they differ.
 
     Source: Jiang et al. 2021, "All Tokens Matter: Token Labeling for Training Better
-    Vision Transformers", section 3.1 and 3.2, https://arxiv.org/abs/2104.10858, and its
+    Vision Transformers", https://arxiv.org/abs/2104.10858, and its
     code, whose default weights these are.
 
     Args:

@@ -29,8 +29,8 @@ def token_labels(
     missing in the map, it belongs to all classes alike.
 
     Source: Jiang et al. 2021, "All Tokens Matter: Token Labeling for Training Better
-    Vision Transformers", section 3, https://arxiv.org/abs/2104.10858, with the RoIAlign
-    of He et al. 2017, "Mask R-CNN", section 3, https://arxiv.org/abs/1703.06870.
+    Vision Transformers", https://arxiv.org/abs/2104.10858, with the RoIAlign
+    of He et al. 2017, "Mask R-CNN", https://arxiv.org/abs/1703.06870.
     Differs from the source's code in that probabilities are averaged, not scores before
     the softmax, that rows sum to 1, and that x and y of a crop are not exchanged.
 
@@ -145,7 +145,7 @@ def image_labels(
     """Label of each image, read off the score map: `(B, C)`.
 
     Source: Yun et al. 2021, "Re-labeling ImageNet: from Single to Multi-Labels, from
-    Global to Localized Labels", section 3, https://arxiv.org/abs/2101.05022.
+    Global to Localized Labels", https://arxiv.org/abs/2101.05022.
 
     Args and errors are those of `token_labels`.
     """
@@ -173,7 +173,7 @@ def mix(
 
     Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization",
     https://arxiv.org/abs/1710.09412; Yun et al. 2019, "CutMix: Regularization Strategy
-    to Train Strong Classifiers with Localizable Features", section 3.1,
+    to Train Strong Classifiers with Localizable Features",
     https://arxiv.org/abs/1905.04899; one of both by chance, and the partner: timm.
 
     Args:
@@ -244,7 +244,7 @@ def smooth(targets: dict[str, tf.Tensor], amount: float) -> dict[str, tf.Tensor]
     Rows that sum to 1 go on doing so.
 
     Source: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer
-    Vision", section 7, https://arxiv.org/abs/1512.00567.
+    Vision", https://arxiv.org/abs/1512.00567.
 
     Args:
         targets: By name, `(..., C)`.
