@@ -1,8 +1,11 @@
-"""Pooling: from tokens to one vector an image.
+"""From tokens to one vector an image (pooling), and from that to logits (head).
 
 Shapes in this file:
-    B batch, N patch tokens, R prefix tokens, D embedding, H heads, d = D / H.
+    B batch, N patch tokens, R prefix tokens, D embedding, H heads, d = D / H,
+    C classes.
 """
+
+from collections.abc import Iterable
 
 import keras
 from keras import layers, ops
@@ -68,6 +71,60 @@ class MeanPool(layers.Layer):
 
 
 @serializable
+class Classifier(layers.Dense):
+    """A `keras.layers.Dense` of logits that knows what its classes are called.
+
+    Args:
+        units: C.
+        labels: Name of each class, in the order of the logits; None where nobody knows
+            them. They are saved with the layer and change nothing that it computes.
+        **kwargs: Other arguments of `keras.layers.Dense`.
+
+    Call arguments:
+        x: `(..., D)`.
+
+    Returns:
+        `(..., C)`.
+
+    Raises:
+        ValueError: If `labels` are not C strings.
+    """
+
+    def __init__(self, units, *, labels=None, **kwargs):
+        super().__init__(units, **kwargs)
+        if labels is not None:
+            labels = _checked_labels(labels, units)
+        self.labels = labels
+
+    def get_config(self):
+        labels = None if self.labels is None else list(self.labels)
+        return {**super().get_config(), "labels": labels}
+
+
+def _checked_labels(labels, units):
+    listed = isinstance(labels, Iterable) and not isinstance(labels, str)
+    names = tuple(labels) if listed else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"labels must be a list of strings, got {labels!r:.80}.")
+    if len(names) != units:
+        raise ValueError(
+            f"labels must name each of the {units} classes, got {len(names)}."
+        )
+    return names
+
+
+def class_labels(model):
+    """Names of a model's classes, as its layer `head` carries them.
+
+    Returns:
+        Tuple of strings, in the order of the logits; None where it carries none.
+    """
+    heads = [layer for layer in model.layers if layer.name == "head"]
+    known = heads and isinstance(heads[0], Classifier)
+    return heads[0].labels if known else None
+
+
+@serializable
 class TokenMax(layers.Layer):
     """Add what the most certain token says of each class to what the image says.
 
@@ -114,7 +171,7 @@ class AttentionPool(layers.Layer):
         num_heads: H; must divide D.
         num_prefix: R, number of tokens before the patches; they are not asked.
         mlp_ratio: Hidden width of the MLP, as a multiple of D.
-        gelu: `"exact"` or `"tanh"`.
+        gelu: `"exact"`, `"tanh"` or `"quick"`.
         epsilon: Added to the variance by the LayerNorm.
         initialization: Key of `INITIALIZATIONS`.
 
