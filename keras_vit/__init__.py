@@ -1,6 +1,8 @@
 """Vision transformers in Keras 3, for TensorFlow, JAX and PyTorch."""
 
 from keras_vit.attention import SelfAttention, SpatialReductionAttention
+from keras_vit.checkpoint import CheckpointReport, from_checkpoint, inspect_checkpoint
+from keras_vit.checkpoint_write import to_checkpoint
 from keras_vit.cpvt import CPVT
 from keras_vit.embedding import (
     FeatureMap,
@@ -8,7 +10,14 @@ from keras_vit.embedding import (
     PixelNormalization,
     PrefixTokens,
 )
-from keras_vit.head import AttentionPool, MeanPool, TokenMax, TokenPool
+from keras_vit.head import (
+    AttentionPool,
+    Classifier,
+    MeanPool,
+    TokenMax,
+    TokenPool,
+    class_labels,
+)
 from keras_vit.lvvit import LVViT
 from keras_vit.mixtoken import MixToken
 from keras_vit.pcpvt import PCPVT
@@ -27,6 +36,8 @@ __all__ = [
     "PCPVT",
     "PEG",
     "AttentionPool",
+    "CheckpointReport",
+    "Classifier",
     "ConvStem",
     "FeatureMap",
     "LVViT",
@@ -48,5 +59,9 @@ __all__ = [
     "TokenPool",
     "TransformerBlock",
     "ViT",
+    "class_labels",
     "feature_pyramid",
+    "from_checkpoint",
+    "inspect_checkpoint",
+    "to_checkpoint",
 ]

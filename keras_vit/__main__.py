@@ -1,20 +1,34 @@
-"""The command line: keras-vit demo, train, annotate, export, predict and others."""
+"""The command line: keras-vit demo, train, convert, export, predict and others."""
 
+import functools
+import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
-from training.command import parse_changes, parse_size
+from training.command import load_tensorflow, parse_changes
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # likewise
 
 try:
     import typer
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     sys.exit(f'The command line needs {error.name}: pip install "keras-vit[demo]"')
+
+from export import commands_batch, commands_serve, commands_versions
+from training import commands, commands_runs, options
+from training.commands import console, say
+
+Served = Annotated[
+    Path, typer.Argument(help="Version directory, or the folder of versions.")
+]
+
+# What answers without TensorFlow.
+LIGHT = (*commands_runs.LIGHT, *commands_serve.LIGHT, *commands_versions.LIGHT)
 
 app = typer.Typer(
     name="keras-vit",
@@ -23,39 +37,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Vision transformers in Keras 3: train, export, verify, predict.",
 )
-console = Console(highlight=False)
-
-RunOrFile = Annotated[
-    Path, typer.Argument(help="Run directory (its last model) or a .keras file.")
-]
-Served = Annotated[
-    Path, typer.Argument(help="Version directory, or the folder of versions.")
-]
-AnySize = Annotated[
-    str | None,
-    typer.Option(help="Pixels, N or HxW, for a model that takes any size."),
-]
-DATA = "digits, digit_scenes:SIZE, placed_digits:SIZE, tfds:NAME or folder:PATH."
+checkpoints = typer.Typer()
+exporting = typer.Typer()
 
 
 @app.callback()
-def start() -> None:
-    """Import TensorFlow without the lines that it logs before it can be told not to."""
-    stderr = os.dup(2)
-    with console.status("loading TensorFlow"), Path(os.devnull).open("w") as silence:
-        try:
-            sys.stderr.flush()
-            os.dup2(silence.fileno(), 2)
-            import tensorflow as tf
-
-            tf.config.list_physical_devices()
-        except ImportError as error:
-            raise RuntimeError(
-                f'{error}. The command line needs pip install "keras-vit[demo]"'
-            ) from error
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+def start(context: typer.Context) -> None:
+    """Load what takes seconds, and say so meanwhile."""
+    if context.invoked_subcommand in LIGHT:
+        return
+    with console.status("loading TensorFlow"):
+        load_tensorflow()
 
 
 @app.command()
@@ -69,6 +61,8 @@ def demo(
 
     import training
     from export import export_saved_model, verify
+    from export.predict import classify_files
+    from training.picture import draw_held_out
 
     recipe = training.RECIPES["digits"]
     console.rule("1. train")
@@ -79,23 +73,25 @@ def demo(
     data = training.load_data(recipe.data)
     run = directory / "run"
     model = training.fit(
-        lambda: recipe.build_model(len(data.labels)), data, recipe, run
+        lambda: recipe.build_model(len(data.labels), data.labels), data, recipe, run
     )
     console.rule("2. export")
     version = export_saved_model(model, directory / "models" / "digits", data.labels)
     console.rule("3. verify in the TensorFlow C++ runtime")
     report = verify(version)
     _print_report(report)
-    console.rule("4. predict held-out files through image_bytes")
-    accuracy, picture = _predict_held_out(version, data, directory)
+    console.rule("4. predict held-out files, encoded as they are")
+    classify = functools.partial(classify_files, version)
+    accuracy, picture = draw_held_out(data, classify, directory)
     console.rule("done")
-    console.print(f"run        {run}  (history.csv, best.keras, last.keras)")
+    console.print(f"run        {run}  (curves.png, best.keras, last.keras)")
     console.print(f"images     {directory / 'images'}")
     console.print(f"picture    {picture}")
     console.print(f"artifact   {version}")
     console.print("\nNext:")
     console.print(f"  keras-vit predict {version} {directory / 'images'}")
     console.print(f"  keras-vit verify {version}")
+    console.print(f"  keras-vit serve {version.parent}")
     console.print("  keras-vit train digits --data folder:MY_IMAGES")
     console.print(
         f"\nAccuracy of the artifact on {data.sizes['validation']} held-out images: "
@@ -107,225 +103,166 @@ def demo(
         raise typer.Exit(1)
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, such as digits.")],
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the run is kept.", show_default="runs/RECIPE"),
-    ] = None,
-    data: Annotated[str | None, typer.Option(help=DATA)] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Another value, as epochs=3 or depth=6."),
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Label maps of the data, from `annotate`.")
-    ] = None,
-) -> None:
-    """Train by a recipe; run the same command again to resume."""
-    from training.recipes import find_recipe
+@checkpoints.command()
+def inspect(source: options.Source, change: options.Change = None) -> None:
+    """Say what a checkpoint is, and which model it would become."""
+    from training import convert
 
-    chosen = find_recipe(recipe)
-    if data is not None:
-        chosen = chosen.replace(data=data)
-    chosen = chosen.replace(**parse_changes(change or []))
-    run_dir = run_dir or Path("runs") / recipe
-
-    import training
-
-    images = training.load_data(chosen.data)
-    if labels is not None and chosen.token_labeling is None:
-        raise ValueError(
-            f"--labels is for recipes that label tokens, {chosen.name!r} labels none; "
-            "add --set 'token_labeling={}' to label them."
-        )
-    if labels is not None:
-        images = training.with_label_maps(images, labels)
-    model = training.fit(
-        lambda: chosen.build_model(len(images.labels)), images, chosen, run_dir
-    )
-    history = (run_dir / "history.csv").read_text().splitlines()
-    last = dict(zip(history[0].split(","), history[-1].split(","), strict=True))
-    held_out = f"accuracy {float(last['val_accuracy']):.2%}"
-    following = f"keras-vit export {run_dir} models/{recipe}"
-    if images.masks:
-        held_out = f"mean IoU {float(last['val_mean_iou']):.4f}, pixel {held_out}"
-        following = f"keras-vit evaluate {run_dir} --data {chosen.data} --picture x.png"
-    console.print(
-        f"{model.name}: {last['epoch']} epochs done, held-out {held_out}. "
-        f"Run kept in {run_dir}",
-        soft_wrap=True,
-    )
-    console.print(f"Next: {following}", soft_wrap=True)
+    report = convert.inspect(source, **parse_changes(change or []))
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in report.rows():
+        table.add_row(Text(name), Text(text))
+    console.print(table)
+    say(f"Next: keras-vit convert {source} model.keras")
 
 
-@app.command()
-def annotate(
-    teacher: Annotated[Path, typer.Option(help="Classifier: a .keras file or a run.")],
-    data: Annotated[str, typer.Option(help=DATA)],
-    out: Annotated[Path, typer.Option(help="Folder for the label maps.")],
-    top: Annotated[
-        int | None,
-        typer.Option(help="Classes a place.", show_default="5, or all of at most 16"),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
-    shard_size: Annotated[int, typer.Option(help="Images a file.")] = 512,
-    image_size: AnySize = None,
-    normalization: Annotated[
+@checkpoints.command()
+def convert(
+    source: options.Source,
+    out: Annotated[
+        Path, typer.Argument(help="A .keras file; with --layout another, or a folder.")
+    ],
+    image_size: options.Size = None,
+    change: options.Change = None,
+    layout: Annotated[
         str | None,
-        typer.Option(help="inception or imagenet.", show_default="the teacher does it"),
-    ] = None,
-    runner: Annotated[
-        str | None, typer.Option(help="An Apache Beam runner, as DirectRunner.")
+        typer.Option(help="timm or hf: a folder or a .safetensors file for these."),
     ] = None,
 ) -> None:
-    """Score maps of training images by a teacher; run it again to resume."""
-    import training
-    from training.files import model_file
+    """Load a checkpoint and write it as a .keras file, or back in another layout."""
+    from training import convert
 
-    path, names = model_file(teacher)
-    size = None if image_size is None else parse_size(image_size)
-    images = training.load_data(data)
-    if names not in (None, list(images.labels)):
-        raise ValueError(
-            f"The run {teacher} must have the labels of {data}, it has "
-            f"{', '.join(names[:10])}."
-        )
-    store = training.annotate(
-        path,
-        images,
-        out,
-        top=top,
-        batch_size=batch_size,
-        shard_size=shard_size,
-        normalization=normalization,
-        image_size=size,
-        runner=runner,
-    )
-    console.print(f"{out}: {store.summary()}", soft_wrap=True)
-    console.print(f"Next: keras-vit train ... --labels {out}", soft_wrap=True)
+    overrides = parse_changes(change or [], image_size)
+    report, sentences = convert.convert(source, out, layout, **overrides)
+    for sentence in sentences:
+        say(sentence)
+    say(f"{report.family} of {report.parameters:,} parameters: {out}")
+    if layout is not None:
+        say(f"Next: keras-vit inspect {out}")
+        return
+    say(f"Next: keras-vit train finetune --from {out} --data folder:PHOTOS")
+    say(f"      keras-vit export {out} models/{out.stem}")
 
 
-@app.command()
-def labels(
-    directory: Annotated[Path, typer.Argument(help="Folder of label maps.")],
-) -> None:
-    """Check the label maps that `annotate` made, every byte of them."""
-    import training
-
-    store = training.open_labels(directory)
-    store.check()
-    console.print(f"{directory}: {store.summary()}. OK", soft_wrap=True)
-
-
-@app.command()
-def evaluate(
-    model: RunOrFile,
-    data: Annotated[str, typer.Option(help=DATA)],
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
-    image_size: AnySize = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option(help="PNG file of images, labels and answers (pixels, tokens)."),
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Label maps for the picture, from `annotate`.")
-    ] = None,
-) -> None:
-    """Accuracy, loss and mean IoU of a model on the held-out part of a dataset."""
-    import training
-    from keras_vit.model_file import read_model
-    from training.files import model_file
-    from training.picture import draw_segmentation
-    from training.task import is_segmentation
-    from training.token_picture import draw_tokens
-
-    path, _ = model_file(model)
-    size = None if image_size is None else parse_size(image_size)
-    network = read_model(path)
-    has_tokens = "token_head" in [layer.name for layer in network.layers]
-    if picture is not None and not (is_segmentation(network) or has_tokens):
-        raise ValueError(
-            "--picture is for models that answer for each pixel or each token; this "
-            "model gives one answer an image."
-        )
-    images = training.load_data(data)
-    if labels is not None:
-        images = training.with_label_maps(images, labels)
-    if picture is not None and has_tokens and images.label_maps is None:
-        raise ValueError(
-            f"A picture of tokens needs label maps, {data!r} has none; make some with "
-            "keras-vit annotate and give them as --labels."
-        )
-    result = training.evaluate(network, images, batch_size, size)
-    figures = f"accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}"
-    if images.masks:
-        figures = f"mean IoU {result['mean_iou']:.4f}, pixel {figures}"
-    count = images.sizes["validation"]
-    console.print(f"{count} held-out images of {data}: {figures}", soft_wrap=True)
-    if picture is not None:
-        if has_tokens:
-            draw_tokens(network, images, picture)
-        else:
-            draw_segmentation(network, images, picture, size)
-        console.print(f"Picture: {picture}")
-
-
-@app.command()
+@exporting.command()
 def export(
-    model: RunOrFile,
-    directory: Annotated[Path, typer.Argument(help="Folder of the versions.")],
+    model: options.RunOrFile,
+    directory: Annotated[
+        Path,
+        typer.Argument(help="Folder of the versions; or a .onnx, .tflite, .xml file."),
+    ],
     labels: Annotated[
         Path | None,
-        typer.Option(help="Text file, one label a line; a run knows its own."),
+        typer.Option(
+            help="Text file, one label a line; a run or model may know its own."
+        ),
     ] = None,
     version: Annotated[
         int | None, typer.Option(help="Number.", show_default="the next one")
     ] = None,
 ) -> None:
-    """Export a model as a SavedModel that TensorFlow Serving answers from."""
+    """Export a model as a SavedModel that TensorFlow Serving answers from.
+
+    A path that ends in .onnx, .tflite or .xml is a file for ONNX Runtime, LiteRT or
+    OpenVINO instead.
+    """
     from export import export_saved_model
+    from export.targets import TARGETS, check_target, export_to
     from training.files import model_file
+
+    if directory.suffix in TARGETS:
+        name = check_target(directory)
+        if version is not None:
+            raise ValueError(f"A file of {name} has no --version, got {version}.")
 
     path, names = model_file(model)
     if labels is not None:
         if not labels.is_file():
             raise FileNotFoundError(f"There is no file of labels {labels}.")
         names = [x.strip() for x in labels.read_text().splitlines() if x.strip()]
+    if directory.suffix in TARGETS:
+        written = export_to(path, directory, names)
+        console.print(f"Exported, and checked in {name}'s own runtime: {written}")
+        return
     published = export_saved_model(path, directory, names, version=version)
     console.print(f"Exported and verified: {published}")
     console.print(f"Next: keras-vit predict {published} IMAGE ...")
 
 
-@app.command()
-def verify(directory: Served) -> None:
+@exporting.command()
+def verify(
+    directory: Served,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON",
+            help="Interpreter of an environment with another TensorFlow.",
+            show_default="this one",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON.")
+    ] = False,
+) -> None:
     """Check everything an exported model promises, in the C++ runtime."""
     from export import verify as check
     from export.predict import newest_version
 
-    report = check(newest_version(directory))
-    _print_report(report)
+    python = runtime or sys.executable
+    report = check(newest_version(directory), runtime=python, progress=not as_json)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        _print_report(report)
     if not report.ok:
         failed = [x.name for x in report.checks if not x.ok]
         raise ValueError(f"{report.directory} does not hold: {', '.join(failed)}.")
-    console.print(f"{report.directory}: all {len(report.checks)} checks hold.")
+    if not as_json:
+        console.print(
+            f"{report.directory}: all {len(report.checks)} checks hold "
+            f"in TensorFlow {report.runtime}."
+        )
 
 
-@app.command()
+@exporting.command()
 def predict(
-    directory: Served,
-    images: Annotated[list[Path], typer.Argument(help="Image files or folders.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[DIRECTORY] IMAGE...",
+            help="Version directory, or the folder of versions (not with --server); "
+            "image files or folders.",
+        ),
+    ],
     top: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 3,
     label_maps: Annotated[
         Path | None, typer.Option(help="Folder for label maps (segmentation).")
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Ask a server: http://HOST:8501 or grpc://HOST:8500."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model on the server.")
+    ] = None,
 ) -> None:
-    """Ask the exported model about image files, in the C++ runtime."""
+    """Ask an exported model about image files: in the C++ runtime, or on a server."""
     from export.predict import image_files, newest_version, predict_files
 
+    images = paths if server is not None else paths[1:]
+    if not images:
+        raise ValueError("predict needs an image after the directory, or --server.")
     files = [file for path in images for file in image_files(path)]
-    answers = list(predict_files(newest_version(directory), files, top, label_maps))
+    if server is not None:
+        from export.client import Client, ask_files
+
+        with Client(server, model) as client:
+            answers = list(ask_files(client, files, top, label_maps))
+    else:
+        version = newest_version(paths[0])
+        answers = list(predict_files(version, files, top, label_maps))
     rows = [[str(file), *answer] for file, answer in answers if answer is not None]
     damaged = [str(file) for file, answer in answers if answer is None]
     if rows:
@@ -341,6 +278,20 @@ def predict(
         )
 
 
+# In the order of `--help`.
+PARTS = (
+    commands.app,
+    commands_runs.app,
+    checkpoints,
+    exporting,
+    commands_serve.app,
+    commands_versions.app,
+    commands_batch.app,
+)
+for part in PARTS:
+    app.add_typer(part)
+
+
 def main() -> None:
     """Run the command line; an expected error is one sentence and exit status 1.
 
@@ -348,7 +299,7 @@ def main() -> None:
     """
     try:
         app(prog_name="keras-vit")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("KERAS_VIT_TRACEBACK"):
             raise
         print(f"Error: {error}", file=sys.stderr)
@@ -361,31 +312,6 @@ def _print_report(report) -> None:
         mark = "[green]ok[/]" if check.ok else "[red]FAILS[/]"
         table.add_row(check.name, mark, check.detail)
     console.print(table)
-
-
-def _predict_held_out(version: Path, data, directory: Path) -> tuple[float, Path]:
-    """Classify every held-out image through the artifact; picture of the first 24."""
-    from export.predict import classify_files
-    from training.picture import draw_answers
-
-    examples = list(data.stream("validation").as_numpy_iterator())
-    files = [data.read(handle) for handle, _ in examples]
-    files = [x if isinstance(x, bytes) else x.numpy() for x in files]
-    truth = [data.labels[label] for _, label in examples]
-    answers = classify_files(version, files)
-
-    folder = directory / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    # The first of them, and every one that is wrong: what a reader wants to see.
-    wrong = [i for i, (name, _) in enumerate(answers) if name != truth[i]]
-    right = [i for i in range(len(files)) if i not in wrong]
-    shown = [*right[: max(0, 24 - len(wrong))], *wrong][:24]
-    paths = [folder / f"{i:03d}_is_{truth[i]}.png" for i in shown]
-    for path, i in zip(paths, shown, strict=True):
-        path.write_bytes(files[i])
-    picture = directory / "predictions.png"
-    draw_answers(paths, [(*answers[i], truth[i]) for i in shown], picture)
-    return 1 - len(wrong) / len(files), picture
 
 
 if __name__ == "__main__":

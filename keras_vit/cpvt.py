@@ -96,10 +96,10 @@ def CPVT(
 
     Raises:
         ValueError: If the variant, the pooling or an override is unknown, sizes do not
-            divide, there is no block of an index, or a distillation token meets another
-            pooling than `"class"`.
+            divide, there is no block of an index, a distillation token meets another
+            pooling than `"class"`, or `labels` are not one for each class.
     """
-    row = encoder.choose(VARIANTS, variant, overrides)
+    row = encoder.choose(CPVT, VARIANTS, variant, overrides)
     if isinstance(peg_positions, int):
         raise ValueError(
             f"peg_positions must be a tuple, such as ({peg_positions},), got "

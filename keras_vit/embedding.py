@@ -6,6 +6,7 @@ Shapes in this file:
 """
 
 import dataclasses
+import math
 
 import keras
 from keras import layers, ops
@@ -17,6 +18,10 @@ serializable = keras.saving.register_keras_serializable("keras_vit")
 NORMALIZATIONS = {  # mean, standard deviation of R, G, B in pixels of 0..1
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
 }
 
 
@@ -65,7 +70,9 @@ class PixelNormalization(layers.Layer):
 
     Args:
         normalization: `"inception"` (to -1..1), `"imagenet"` (by that data set's mean
-            and deviation), or None: images pass as they are.
+            and deviation), `"clip"` (by those of CLIP's), a pair of one's own, (mean,
+            standard deviation) of three numbers each, in pixels of 0..1; or None:
+            images pass as they are.
         image_size: `(H, W)` to which a file is resized.
         crop_ratio: Part of the resized image that the central crop keeps, in (0, 1];
             None resizes height and width separately and crops nothing.
@@ -78,8 +85,9 @@ class PixelNormalization(layers.Layer):
         `(B, H, W, C)`.
 
     Raises:
-        ValueError: If `normalization` or `interpolation` is unknown, `crop_ratio` is
-            outside (0, 1], or normalised images do not have three channels.
+        ValueError: If `normalization` or `interpolation` is unknown, a pair is not of
+            three finite numbers each with positive deviations, `crop_ratio` is outside
+            (0, 1], or normalised images do not have three channels.
     """
 
     def __init__(
@@ -91,18 +99,15 @@ class PixelNormalization(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if normalization is not None and normalization not in NORMALIZATIONS:
-            known = ", ".join(repr(key) for key in NORMALIZATIONS)
-            raise ValueError(
-                f"normalization must be {known} or None, got {normalization!r}."
-            )
+        self.statistics = _statistics(normalization)
         if interpolation not in ("bilinear", "bicubic"):
             raise ValueError(
                 f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}."
             )
         if crop_ratio is not None and not 0 < crop_ratio <= 1:
             raise ValueError(f"crop_ratio must be in (0, 1] or None, got {crop_ratio}.")
-        self.normalization = normalization
+        named = normalization is None or isinstance(normalization, str)
+        self.normalization = normalization if named else self.statistics
         self.image_size = tuple(image_size)
         self.crop_ratio = crop_ratio
         self.interpolation = interpolation
@@ -118,13 +123,42 @@ class PixelNormalization(layers.Layer):
         return images_shape
 
     def call(self, images):
-        if self.normalization is None:
+        if self.statistics is None:
             return images
-        mean, deviation = NORMALIZATIONS[self.normalization]
+        mean, deviation = self.statistics
         scale = [1 / (255 * d) for d in deviation]
         offset = [-m / d for m, d in zip(mean, deviation, strict=True)]
         dtype = self.compute_dtype
         return images * ops.array(scale, dtype) + ops.array(offset, dtype)
+
+
+def _statistics(normalization):
+    """Mean and standard deviation by channel, or None for images as they are."""
+    if normalization is None:
+        return None
+    pair = normalization
+    if isinstance(normalization, str):
+        pair = NORMALIZATIONS.get(normalization)
+    if not (_is_list(pair, 2) and all(_is_list(x, 3) for x in pair)):
+        known = ", ".join(repr(key) for key in NORMALIZATIONS)
+        raise ValueError(
+            f"normalization must be {known}, a pair (mean, standard deviation) of "
+            f"three numbers each, or None, got {normalization!r}."
+        )
+    mean, deviation = (tuple(x) for x in pair)
+    numbers = all(isinstance(x, int | float) for x in mean + deviation)
+    if not (numbers and all(map(math.isfinite, mean + deviation))):
+        raise ValueError(f"normalization must be finite numbers, got {pair!r}.")
+    if min(deviation) <= 0:
+        raise ValueError(
+            "The standard deviation of a normalization must be positive, got "
+            f"{deviation!r}."
+        )
+    return mean, deviation
+
+
+def _is_list(value, length):
+    return isinstance(value, list | tuple) and len(value) == length
 
 
 def check_patches(patch_size, height, width):
@@ -160,6 +194,7 @@ class PatchEmbedding(layers.Layer):
         embed_dim: D, width of a token.
         patch_size: P, side of a patch in pixels; must divide a static H and W.
         initialization: Key of `INITIALIZATIONS`.
+        use_bias: Whether a bias is added.
 
     Call arguments:
         images: `(B, H, W, C)`; H and W may be dynamic.
@@ -171,11 +206,14 @@ class PatchEmbedding(layers.Layer):
         ValueError: If P does not divide a static H or W.
     """
 
-    def __init__(self, embed_dim, patch_size=16, initialization="jax", **kwargs):
+    def __init__(
+        self, embed_dim, patch_size=16, initialization="jax", use_bias=True, **kwargs
+    ):
         super().__init__(**kwargs)
         self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.initialization = initialization
+        self.use_bias = use_bias
 
     def build(self, images_shape):
         _, height, width, channels = images_shape
@@ -184,6 +222,7 @@ class PatchEmbedding(layers.Layer):
         fans = self.patch_size**2 * channels, self.patch_size**2 * self.embed_dim
         self.project = layers.Dense(
             self.embed_dim,
+            use_bias=self.use_bias,
             kernel_initializer=initializer(self.initialization, "patch_kernel", *fans),
             bias_initializer=initializer(self.initialization, "patch_bias", *fans),
             dtype=self.dtype_policy,

@@ -6,13 +6,14 @@ Shapes in this file:
 
 import dataclasses
 import difflib
+import inspect
 
 import keras
 import numpy as np
 from keras import layers
 
 from keras_vit.embedding import PixelNormalization, PrefixTokens
-from keras_vit.head import AttentionPool, MeanPool, TokenPool
+from keras_vit.head import AttentionPool, Classifier, MeanPool, TokenPool
 from keras_vit.initialization import initializer
 from keras_vit.position import PEG
 from keras_vit.transformer import TransformerBlock
@@ -32,15 +33,20 @@ class Encoder:
         qkv_bias: Whether queries, keys and values have a bias.
         qk_norm: Whether queries and keys are normalised.
         layer_scale: Start value of LayerScale; None for none.
-        gelu: `"exact"` or `"tanh"`.
+        gelu: `"exact"`, `"tanh"` or `"quick"`.
         epsilon: Added to the variance by every LayerNorm.
         residual_scale: Divisor of both branches of every block.
         constant_drop_path: Whether every block has the drop path of the last one.
         initialization: Key of `keras_vit.initialization.INITIALIZATIONS`.
+        head_bias: Start value of the bias of the head: -ln of the number of classes for
+            a loss of sigmoids, which then starts where a softmax does.
         distillation_token: Whether there is a distillation token with its own head.
-        normalization: Pixel normalisation: `"inception"`, `"imagenet"` or None.
+        normalization: Pixel normalisation: `"inception"`, `"imagenet"`, `"clip"`, a
+            pair (mean, standard deviation) of one's own, or None.
         crop_ratio: Record for who feeds the model, as in `PixelNormalization`.
         interpolation: Likewise.
+        labels: Names of the classes, in the order of the logits; None where nobody
+            knows them. They travel in the model's file.
     """
 
     embed_dim: int
@@ -55,14 +61,23 @@ class Encoder:
     residual_scale: float = 1.0
     constant_drop_path: bool = False
     initialization: str = "jax"
+    head_bias: float = 0.0
     distillation_token: bool = False
-    normalization: str | None = "inception"
+    normalization: str | tuple | None = "inception"
     crop_ratio: float | None = None
     interpolation: str = "bilinear"
+    labels: tuple[str, ...] | None = None
 
 
-def choose(variants, variant, overrides):
+def choose(model, variants, variant, overrides):
     """Return the row of `variants` called `variant`, with some fields replaced.
+
+    Args:
+        model: Function of the model; the names of its arguments are known too, so that
+            one of them misspelt is recognised.
+        variants: Rows by name.
+        variant: Name of a row.
+        overrides: Values by the name of a field.
 
     Raises:
         ValueError: If there is no such row, or no such field.
@@ -71,9 +86,11 @@ def choose(variants, variant, overrides):
         raise ValueError(unknown("variant", variant, variants))
     row = variants[variant]
     fields = [field.name for field in dataclasses.fields(row)]
+    arguments = inspect.signature(model).parameters.values()
+    own = [x.name for x in arguments if x.kind is not x.VAR_KEYWORD]
     for name in overrides:
         if name not in fields:
-            raise ValueError(unknown("An argument", name, fields))
+            raise ValueError(unknown("An argument", name, [*own, *fields]))
     return dataclasses.replace(row, **overrides)
 
 
@@ -222,11 +239,19 @@ def blocks(
 
 
 def norm(row, name="norm"):
-    """The LayerNorm after the last block."""
+    """The LayerNorm after the last block, or at another place of that name."""
     return layers.LayerNormalization(epsilon=row.epsilon, name=name)
 
 
-def classify(tokens, row, pool, num_prefix, num_classes, norm_after_pool=False):
+def classify(
+    tokens,
+    row,
+    pool,
+    num_prefix,
+    num_classes,
+    norm_after_pool=False,
+    representation_size=None,
+):
     """Final LayerNorm, pooling and classifier: `(B, num_classes)` or `(B, D)`.
 
     With a distillation token: the mean of the nodes `head` and `head_dist`.
@@ -238,6 +263,11 @@ def classify(tokens, row, pool, num_prefix, num_classes, norm_after_pool=False):
         num_prefix: R, number of tokens before the patches.
         num_classes: Number of logits; 0 for the features.
         norm_after_pool: Whether the mean is normalised, not the tokens.
+        representation_size: Width of a Dense and a tanh between pooling and head; None
+            for neither. Not for a distillation token.
+
+    Raises:
+        ValueError: If the labels of the row are not one for each class.
     """
     norm_after_pool = norm_after_pool and pool == "mean"
     x = tokens if norm_after_pool else norm(row)(tokens)
@@ -261,23 +291,45 @@ def classify(tokens, row, pool, num_prefix, num_classes, norm_after_pool=False):
         pooled = [norm(row)(pooled[0])]
     if row.distillation_token:
         pooled.append(TokenPool(1, name="pool_dist")(x))
-    if num_classes:
-        names = ("head", "head_dist")
-        pooled = [
-            head(num_classes, row, name)(x)
-            for name, x in zip(names, pooled, strict=False)
-        ]
+    if representation_size is not None:
+        pooled = [representation(pooled[0], row, representation_size)]
+    names = ("head", "head_dist")
+    pooled = [
+        head(x, row, num_classes, name) for x, name in zip(pooled, names, strict=False)
+    ]
     if len(pooled) == 1:
         return pooled[0]
     name = "logits" if num_classes else "features"
     return layers.Average(dtype="float32" if num_classes else None, name=name)(pooled)
 
 
-def head(num_classes, row, name="head"):
-    """The classifier: a Dense of float32 logits."""
+def representation(x, row, size):
+    """A Dense and a tanh before the head, the node `pre_logits`."""
     return layers.Dense(
-        num_classes,
-        kernel_initializer=initializer(row.initialization, "head_kernel"),
-        dtype="float32",
-        name=name,
-    )
+        size,
+        activation="tanh",
+        kernel_initializer=initializer(row.initialization, "representation_kernel"),
+        name="pre_logits",
+    )(x)
+
+
+def head(x, row, num_classes, name="head"):
+    """The classifier, a Dense of float32 logits; `num_classes=0` leaves the features.
+
+    Raises:
+        ValueError: If the labels of the row are not one for each class.
+    """
+    if num_classes:
+        return Classifier(
+            num_classes,
+            labels=row.labels,
+            kernel_initializer=initializer(row.initialization, "head_kernel"),
+            bias_initializer=keras.initializers.Constant(row.head_bias),
+            dtype="float32",
+            name=name,
+        )(x)
+    if row.labels is not None:
+        raise ValueError(
+            f"labels must be None for num_classes=0, got {row.labels!r:.80}."
+        )
+    return x

@@ -64,6 +64,7 @@ INITIALIZATIONS = {
         "peg_kernel": _torch_uniform,
         "peg_bias": _torch_uniform,
         "probe": _xavier,
+        "representation_kernel": _lecun,
         "head_kernel": _zeros,
     },
     "timm": {
@@ -77,6 +78,7 @@ INITIALIZATIONS = {
         "peg_kernel": _torch_uniform,
         "peg_bias": _torch_uniform,
         "probe": _normal_of_fan_in,
+        "representation_kernel": _normal(0.02),
         "head_kernel": _normal(0.02),
     },
 }

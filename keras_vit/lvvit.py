@@ -104,10 +104,10 @@ def LVViT(
 
     Raises:
         ValueError: If the variant or an override is unknown, sizes do not divide,
-            `patch_size` is odd, `token_weight` is negative, or a distillation token is
-            asked for.
+            `patch_size` is odd, `token_weight` is negative, a distillation token is
+            asked for, or `labels` are not one for each class.
     """
-    row = encoder.choose(VARIANTS, variant, overrides)
+    row = encoder.choose(LVViT, VARIANTS, variant, overrides)
     if token_weight < 0:
         raise ValueError(f"token_weight must be >= 0, got {token_weight}.")
     if row.distillation_token:
@@ -137,10 +137,9 @@ def LVViT(
     )
     x = encoder.norm(row)(x)
     y = TokenPool(0, name="pool")(x)
-    if num_classes:
-        y = encoder.head(num_classes, row)(y)
+    y = encoder.head(y, row, num_classes)
     if num_classes and token_weight:
         x = FeatureMap(num_prefix, name="patch_tokens")(x, grid)
-        x = encoder.head(num_classes, row, "token_head")(x)
+        x = encoder.head(x, row, num_classes, "token_head")
         y = TokenMax(token_weight, dtype="float32", name="logits")(y, x)
     return keras.Model(images, y, name=name or f"lvvit_{variant}{patch_size}")

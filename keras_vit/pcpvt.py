@@ -32,13 +32,17 @@ class Variant:
         sr_ratios: How many times smaller a side the grid of keys and values is.
         peg: Whether a PEG follows the first block of each stage.
         qkv_bias: Whether queries, keys and values have a bias.
-        gelu: `"exact"` or `"tanh"`.
+        gelu: `"exact"`, `"tanh"` or `"quick"`.
         epsilon: Added to the variance by the LayerNorms of blocks and the last one.
         reduction_epsilon: Added by those after a reduction of the grid.
         initialization: Key of `keras_vit.initialization.INITIALIZATIONS`.
-        normalization: Pixel normalisation: `"inception"`, `"imagenet"` or None.
+        head_bias: Start value of the bias of the head.
+        normalization: Pixel normalisation: `"inception"`, `"imagenet"`, `"clip"`, a
+            pair (mean, standard deviation) of one's own, or None.
         crop_ratio: Record for who feeds the model, as in `PixelNormalization`.
         interpolation: Likewise.
+        labels: Names of the classes, in the order of the logits; None where nobody
+            knows them. They travel in the model's file.
     """
 
     embed_dims: tuple[int, ...] = (64, 128, 320, 512)
@@ -52,9 +56,11 @@ class Variant:
     epsilon: float = 1e-6
     reduction_epsilon: float = 1e-5
     initialization: str = "twins"
-    normalization: str | None = "imagenet"
+    head_bias: float = 0.0
+    normalization: str | tuple | None = "imagenet"
     crop_ratio: float | None = 0.875
     interpolation: str = "bicubic"
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self):
         for field in ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios"):
@@ -115,9 +121,10 @@ def PCPVT(
 
     Raises:
         ValueError: If the variant or an override is unknown, a tuple has not four
-            entries, or `image_size` is not a multiple of 32.
+            entries, `image_size` is not a multiple of 32, or `labels` are not one for
+            each class.
     """
-    row = encoder.choose(VARIANTS, variant, overrides)
+    row = encoder.choose(PCPVT, VARIANTS, variant, overrides)
     images, x = encoder.normalized_images(row, image_size)
     stride = int(np.prod(PATCH_SIZES))
     if any(side is not None and side % stride for side in images.shape[1:3]):
@@ -140,8 +147,7 @@ def PCPVT(
         )
     x = PrefixTokens(class_token=False, name="tokens")(x)
     x = MeanPool(name="pool")(encoder.norm(row)(x))
-    if num_classes:
-        x = encoder.head(num_classes, row)(x)
+    x = encoder.head(x, row, num_classes)
     return keras.Model(images, x, name=name or f"pcpvt_{variant}")
 
 

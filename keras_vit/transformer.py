@@ -54,11 +54,14 @@ class MLP(layers.Layer):
     """Two Dense layers with a GELU between them, applied to every token.
 
     Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", section 3.1,
-    https://arxiv.org/abs/2010.11929.
+    https://arxiv.org/abs/2010.11929. GELU and both its approximations: Hendrycks and
+    Gimpel 2016, "Gaussian Error Linear Units", section 2,
+    https://arxiv.org/abs/1606.08415.
 
     Args:
         mlp_ratio: Hidden width, as a multiple of D; the product is rounded.
-        gelu: `"exact"` (erf) or `"tanh"` (the approximation that Flax uses).
+        gelu: `"exact"` (erf), `"tanh"` (the approximation that Flax uses) or `"quick"`
+            (x * sigmoid(1.702 x), which OpenAI's CLIP uses).
         dropout: Rate in [0, 1) after the GELU and on the output.
         initialization: Key of `INITIALIZATIONS`.
 
@@ -69,15 +72,15 @@ class MLP(layers.Layer):
         `(B, N, D)`.
 
     Raises:
-        ValueError: If `gelu` is neither `"exact"` nor `"tanh"`.
+        ValueError: If `gelu` is unknown.
     """
 
     def __init__(
         self, mlp_ratio=4.0, gelu="exact", dropout=0.0, initialization="jax", **kwargs
     ):
         super().__init__(**kwargs)
-        if gelu not in ("exact", "tanh"):
-            raise ValueError(f"gelu must be 'exact' or 'tanh', got {gelu!r}.")
+        if gelu not in ("exact", "tanh", "quick"):
+            raise ValueError(f"gelu must be 'exact', 'tanh' or 'quick', got {gelu!r}.")
         self.mlp_ratio = mlp_ratio
         self.gelu = gelu
         self.initialization = initialization
@@ -107,7 +110,10 @@ class MLP(layers.Layer):
 
     def call(self, tokens, training=None):
         x = kernels.dense(self.expand, tokens)
-        x = ops.gelu(x, approximate=self.gelu == "tanh")
+        if self.gelu == "quick":
+            x = x * ops.sigmoid(1.702 * x)
+        else:
+            x = ops.gelu(x, approximate=self.gelu == "tanh")
         x = self.dropout(x, training=training)
         x = kernels.dense(self.reduce, x)
         return self.dropout(x, training=training)
@@ -132,7 +138,7 @@ class TransformerBlock(layers.Layer):
         qkv_bias: Whether queries, keys and values have a bias.
         qk_norm: Whether queries and keys are normalised.
         layer_scale: Start value of LayerScale on both branches; None for none.
-        gelu: `"exact"` or `"tanh"`.
+        gelu: `"exact"`, `"tanh"` or `"quick"`.
         dropout: Rate in [0, 1) on both branches and inside the MLP.
         attention_dropout: Rate in [0, 1) on the attention weights.
         drop_path: Probability in [0, 1] that a sample skips a branch.
@@ -244,7 +250,7 @@ class PyramidBlock(TransformerBlock):
         sr_ratio: How many times smaller a side the grid of keys and values is.
         mlp_ratio: Hidden width of the MLP, as a multiple of D.
         qkv_bias: Whether queries, keys and values have a bias.
-        gelu: `"exact"` or `"tanh"`.
+        gelu: `"exact"`, `"tanh"` or `"quick"`.
         dropout: Rate in [0, 1) on both branches and inside the MLP.
         attention_dropout: Rate in [0, 1) on the attention weights.
         drop_path: Probability in [0, 1] that a sample skips a branch.

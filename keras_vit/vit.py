@@ -32,11 +32,18 @@ class Variant(encoder.Encoder):
     Args:
         class_position: Whether class and distillation token have a learned position.
         norm_after_pool: Whether `pool="mean"` normalises after the mean, not before.
+        pre_norm: Whether a LayerNorm follows the position, before the first block; the
+            patches have no bias then (CLIP).
+        representation_size: Width of a Dense and a tanh between pooling and head (node
+            `pre_logits`), as in the first checkpoints of the ViT paper; None for
+            neither.
         resampling: How a learned table is resampled, as in `LearnedPosition`.
     """
 
     class_position: bool = True
     norm_after_pool: bool = False
+    pre_norm: bool = False
+    representation_size: int | None = None
     resampling: str = "bicubic_antialias"
 
 
@@ -143,20 +150,31 @@ def ViT(
 
     Returns:
         `keras.Model`: raw images `(B, height, width, 3)` of 0..255 to logits
-        `(B, num_classes)`, or to features `(B, D)` when `num_classes=0`. With a
-        distillation token the logits are the mean of the nodes `head` and `head_dist`.
+        `(B, num_classes)`, or to features `(B, D)` when `num_classes=0`, those of
+        `pre_logits` where there is a `representation_size`. With a distillation token
+        the logits are the mean of the nodes `head` and `head_dist`.
 
     Raises:
         ValueError: If the variant, the pooling, the position or an override is unknown,
             sizes do not divide, a distillation token meets another pooling than
-            `"class"`, or the width does not fit the position.
+            `"class"` or a `representation_size`, the width does not fit the position,
+            or `labels` are not one for each class.
     """
-    row = encoder.choose(VARIANTS, variant, overrides)
+    row = encoder.choose(ViT, VARIANTS, variant, overrides)
     if position not in POSITIONS:
         raise ValueError(encoder.unknown("position", position, POSITIONS))
+    if row.distillation_token and row.representation_size is not None:
+        raise ValueError(
+            "representation_size must be None beside a distillation token, got "
+            f"{row.representation_size}."
+        )
     images, x = encoder.normalized_images(row, image_size)
     grid = PatchEmbedding(
-        row.embed_dim, patch_size, row.initialization, name="patches"
+        row.embed_dim,
+        patch_size,
+        row.initialization,
+        use_bias=not row.pre_norm,
+        name="patches",
     )(x)
     x, num_tokens, num_prefix = encoder.prefix_tokens(grid, row, pool, num_registers)
     if position in ("learned", "learned_peg"):
@@ -173,6 +191,8 @@ def ViT(
     elif position in ("sincos_1d", "sincos_2d"):
         dimensions = 1 if position == "sincos_1d" else 2
         x = SinCosPosition(num_prefix, dimensions, name="position")(x, grid)
+    if row.pre_norm:
+        x = encoder.norm(row, "pre_norm")(x)
     peg = {"num_prefix": num_prefix, "initialization": row.initialization}
     x = encoder.blocks(
         encoder.dropout_layer(x, dropout),
@@ -184,5 +204,13 @@ def ViT(
         position=position if position in ("relative", "rotary") else None,
         pegs={0: peg} if position == "learned_peg" else None,
     )
-    x = encoder.classify(x, row, pool, num_prefix, num_classes, row.norm_after_pool)
+    x = encoder.classify(
+        x,
+        row,
+        pool,
+        num_prefix,
+        num_classes,
+        row.norm_after_pool,
+        row.representation_size,
+    )
     return keras.Model(images, x, name=name or f"vit_{variant}{patch_size}")

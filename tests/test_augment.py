@@ -9,6 +9,7 @@ from keras_vit.embedding import Preprocess
 from training.augment import (
     affines,
     flips,
+    rand_augment_draws,
     rand_augment_geometry,
     random_resized_crop,
     warp,
@@ -134,6 +135,27 @@ def test_a_small_image_and_bicubic_stay_within_0_and_255():
 def test_limits_of_a_crop_must_be_positive_and_in_order(name, limits):
     with pytest.raises(ValueError, match=f"{name} must be two limits, 0 < low <= high"):
         random_resized_crop(tf.zeros((4, 4, 3)), CROP, SEED, **{name: limits})
+
+
+def test_the_interpolation_of_a_crop_is_the_recorded_one_a_given_one_or_either():
+    image = tf.constant(np.random.default_rng(0).integers(0, 256, (9, 9, 3)), tf.uint8)
+    found = {
+        name: crops(40, image, interpolation=name)[0]
+        for name in (None, "bilinear", "bicubic", "random")
+    }
+    np.testing.assert_array_equal(found[None], found["bilinear"])  # that of CROP
+    cubic = crops(40, image, Preprocess((12, 20), None, "bicubic"))[0]
+    np.testing.assert_array_equal(found["bicubic"], cubic)
+    kinds = [
+        np.abs(found["random"] - found[name]).max((1, 2, 3)) < 1e-3
+        for name in ("bilinear", "bicubic")
+    ]
+    assert (kinds[0] ^ kinds[1]).all() and 0.25 < kinds[0].mean() < 0.75
+
+
+def test_an_unknown_interpolation_is_an_error():
+    with pytest.raises(ValueError, match=r"got 'bicubik'\. Did you mean 'bicubic'"):
+        random_resized_crop(tf.zeros((4, 4, 3)), CROP, SEED, interpolation="bicubik")
 
 
 DRAWS = {
@@ -288,6 +310,27 @@ def test_rand_augment_does_nothing_as_often_as_it_draws_colours():
         amounts = np.array([amount for kind, amount in kinds if kind == name])
         assert abs(len(amounts) / 6000 - 1 / 30) < 0.01
         assert abs((amounts > 0).mean() - 0.5) < 0.15
+
+
+@pytest.mark.parametrize(
+    "amounts, message",
+    [
+        ({"num_ops": -1}, "num_ops must be an int >= 0, got -1"),
+        ({"num_ops": 2.0}, "num_ops must be an int >= 0, got 2.0"),
+        ({"magnitude": -1}, "magnitude must be a number >= 0, got -1"),
+        ({"deviation": -0.5}, "deviation must be a number >= 0, got -0.5"),
+    ],
+)
+def test_amounts_of_rand_augment_must_make_sense(amounts, message):
+    with pytest.raises(ValueError, match=message):
+        rand_augment_draws(SEED, 4, **amounts)
+
+
+def test_rand_augment_draws_each_of_its_operations_as_often():
+    ops, shares = rand_augment_draws(SEED, 20_000, 2)
+    counts = np.bincount(ops.numpy().ravel() + 1, minlength=16) / 40_000
+    np.testing.assert_allclose(counts, [1 / 2, *[1 / 30] * 15], atol=0.005)
+    assert np.abs(shares).max() <= 1 and abs(np.mean(shares)) < 0.02
 
 
 def test_the_level_of_rand_augment_is_random_and_cut_at_10():

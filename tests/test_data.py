@@ -109,6 +109,42 @@ def test_a_tensorflow_dataset_is_read_by_name(tmp_path, monkeypatch):
     assert data.fingerprint == load_data("digits").fingerprint
 
 
+def test_a_prepared_dataset_is_found_in_its_folder(tmp_path):
+    """One that is registered, and one that no code makes any more."""
+    import tensorflow_datasets as tfds
+
+    from training.digits import HandwrittenDigits
+
+    with tfds.core.registered.skip_registration():
+
+        class UnknownDigits(HandwrittenDigits):
+            pass
+
+    for kind in (HandwrittenDigits, UnknownDigits):
+        kind(data_dir=tmp_path).download_and_prepare()
+    known = load_data("tfds:handwritten_digits", data_dir=str(tmp_path))
+    found = load_data("tfds:unknown_digits", data_dir=str(tmp_path))
+    direct = tmp_path / "unknown_digits" / "1.0.0"
+    same = load_data("tfds:unknown_digits", data_dir=str(direct))
+    assert found.sizes == known.sizes == same.sizes
+    assert found.labels == known.labels and found.fingerprint == same.fingerprint
+    pixels = [next(iter(x.stream("train")))[0] for x in (known, found, same)]
+    assert pixels[0] == pixels[1] == pixels[2]
+    with pytest.raises(ValueError, match=r"no dataset 'unknown_digits'\."):
+        load_data("tfds:unknown_digits")
+    with pytest.raises(ValueError, match=r"no dataset 'other', and '.*' holds none of"):
+        load_data("tfds:other", data_dir=str(tmp_path))
+
+
+def test_a_folder_of_datasets_is_for_datasets_of_the_catalogue(tmp_path):
+    with pytest.raises(ValueError, match=r"data_dir is where .* with 'digits'; leave"):
+        load_data("digits", data_dir=str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"data_dir must be a folder, .* got 'ram://x'"
+    ):
+        load_data("tfds:mnist", data_dir="ram://x")
+
+
 def test_a_folder_of_classes_holds_out_every_tenth_image(folder):
     data = load_data(f"folder:{folder}")
     assert data.labels == ("cat", "dog")
@@ -191,7 +227,7 @@ def test_a_subset_is_drawn_by_its_seed_in_the_order_of_the_whole(folder):
 
 def test_wrong_names_and_folders_are_refused(tmp_path):
     for name in ("cifar10", "digit_scenes:", "digit_scenes:large", "digits:64"):
-        with pytest.raises(ValueError, match="'tfds:NAME' or 'folder:PATH', got"):
+        with pytest.raises(ValueError, match=r"'folder:PATH' or 'arrays:.*', got"):
             load_data(name)
     with pytest.raises(ValueError, match=r"no dataset 'mnst'.* mean 'mnist'"):
         load_data("tfds:mnst")

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from keras_vit import class_labels
 from training import RECIPES, TokenLabels
 from training.recipes import find_recipe
 
@@ -9,7 +10,11 @@ from training.recipes import find_recipe
 def test_every_recipe_builds_its_model_and_says_where_it_comes_from():
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.source and recipe.cost and recipe.expected
+        if recipe.family is None:
+            continue  # its model is that of a checkpoint: tests/test_finetune.py
         small = {"depths": (1,) * 4} if recipe.family == "PCPVT" else {"depth": 1}
+        if recipe.family == "CPVT":
+            small["peg_positions"] = (0,)
         shape = recipe.replace(**small).build_model(3).output_shape
         assert shape == (
             (None, 3) if recipe.segmentation is None else (None,) * 3 + (3,)
@@ -56,13 +61,63 @@ def test_replace_knows_the_arguments_of_every_family():
         recipe.replace(family="CPVT", depths=[1, 1, 1, 1])
 
 
+def test_a_checkpoint_leaves_nothing_of_the_model_but_what_is_given_with_it():
+    recipe = RECIPES["digits"].replace(checkpoint="a.npz", image_size=48, mixup=0.2)
+    assert recipe.checkpoint == "a.npz" and recipe.family is None
+    assert recipe.model == {"image_size": 48} and recipe.augmentation.mixup == 0.2
+    further = recipe.replace(drop_path_rate=0.1, checkpoint="b.npz", table_grid=[2, 3])
+    assert further.checkpoint == "b.npz"
+    assert further.model == {
+        "image_size": 48,
+        "drop_path_rate": 0.1,
+        "table_grid": (2, 3),
+    }
+    for name in ("sr_ratios", "token_weight", "peg_positions", "resampling"):
+        assert recipe.replace(**{name: 1}).model[name] == 1  # of every family
+    back = recipe.replace(checkpoint=None, family="CPVT", model={"variant": "tiny"})
+    assert back.checkpoint is None and back.model == {"variant": "tiny"}
+    direct = dataclasses.replace(RECIPES["digits"], checkpoint="a.npz", model={})
+    assert direct.family is None
+    with pytest.raises(ValueError, match=r"got 'variant'"):
+        recipe.replace(variant="base")
+    for changes in ({"family": "CPVT"}, {"family": "CPVT", "checkpoint": "c.npz"}):
+        with pytest.raises(ValueError, match=r"family must be None .* got 'CPVT'"):
+            recipe.replace(**changes)
+    with pytest.raises(ValueError, match=r"checkpoint must be text, got 3"):
+        recipe.replace(checkpoint=3)
+
+
+def test_a_recipe_that_lacks_what_its_user_gives_is_refused():
+    recipe = RECIPES["finetune"].replace(image_size=48)
+    for refuse in (recipe.check_complete, lambda: recipe.build_model(3)):
+        with pytest.raises(
+            ValueError, match=r"'finetune' needs a checkpoint .* --from"
+        ):
+            refuse()
+    given = recipe.replace(checkpoint="a.npz")
+    assert given.model == {"image_size": 48}
+    with pytest.raises(ValueError, match=r"'finetune' has no data of its own: --data"):
+        given.check_complete()
+    given.replace(data="digits").check_complete()
+    RECIPES["digits"].check_complete()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_token_labeling"])
+def test_a_model_keeps_the_labels_of_the_data(name):
+    recipe = RECIPES[name].replace(depth=1)
+    assert class_labels(recipe.build_model(2, ["cat", "dog"])) == ("cat", "dog")
+    assert class_labels(recipe.build_model(2)) is None
+    own = recipe.replace(labels=["no", "yes"])
+    assert class_labels(own.build_model(2, ["cat", "dog"])) == ("no", "yes")
+
+
 @pytest.mark.parametrize("family", ["ViT", "CPVT"])
 def test_segmentation_wraps_the_model_of_any_family(family):
     model = {"variant": "tiny", "depth": 1, "image_size": 32, "embed_dim": 24}
     recipe = RECIPES["digits_segmentation"].replace(
         family=family, model=model, segmentation={"channels": 8}
     )
-    network = recipe.build_model(3)
+    network = recipe.build_model(3, labels=["sky", "sea", "land"])
     assert network.output_shape == (None, 32, 32, 3)
     assert network.get_layer("head").kernel.shape == (1, 1, 8, 3)
 
@@ -79,11 +134,15 @@ def test_segmentation_wraps_the_model_of_any_family(family):
         ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be a number >= 0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive or None, got 0.0"),
-        ({"warmup_epochs": 99}, r"warmup_epochs must be in \[0, epochs=40\), got 99"),
+        (
+            {"warmup_epochs": 99},
+            r"warmup_epochs \+ .* below epochs=40, got 99 \+ .* to warmup_epochs=4 for",
+        ),
         ({"precision": "float16"}, "'mixed_float16', got 'float16'. Did you mean"),
         ({"family": "VIT"}, "family must be one of .*'ViT'.* got 'VIT'. Did you mean"),
         ({"family": "SemanticFPN"}, "family must be .* got 'SemanticFPN'"),
         ({"seed": -1}, "seed must be an int >= 0, got -1"),
+        ({"damaged_images": -1}, "damaged_images must be an int >= 0, got -1"),
         ({"train_images": 0}, "train_images must be positive or None, got 0"),
         ({"mixup": -0.1}, "mixup must be a number >= 0, got -0.1"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
@@ -98,6 +157,9 @@ def test_segmentation_wraps_the_model_of_any_family(family):
         ),
         ({"token_labeling": {"class_labels": "map"}}, "Did you mean 'maps'"),
         ({"token_labeling": {"class_weight": -1}}, "class_weight must be a number"),
+        ({"augmentation": {"mixupp": 1}}, "got 'mixupp'. Did you mean 'mixup'"),
+        ({"rand_augment": {"num_op": 2}}, "got 'num_op'. Did you mean 'num_ops'"),
+        ({"rand_augment": 3}, "rand_augment must be keyword arguments, .* got 3"),
     ],
 )
 def test_wrong_values_are_refused(change, message):

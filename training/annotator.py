@@ -19,9 +19,9 @@ import tensorflow as tf
 from tqdm.auto import tqdm
 
 from keras_vit.embedding import Preprocess
+from keras_vit.model_file import sha256
 from training.data import Dataset, load_data
 from training.dense import load_annotator
-from training.files import sha256
 from training.labels import LabelStore, begin, finish
 from training.preprocess import resize
 
@@ -59,8 +59,8 @@ def annotate(
         batch_size: B. The last batch of a shard is filled up, so that every image is
             rounded alike.
         shard_size: N, images a file.
-        normalization: `"inception"` or `"imagenet"` for a teacher that takes such
-            pixels; None for one that takes raw pixels of 0..255, as every model of
+        normalization: `"inception"`, `"imagenet"` or `"clip"` for a teacher that takes
+            such pixels; None for one that takes raw pixels of 0..255, as every model of
             this package does.
         image_size: `(H, W)` for a teacher that takes any size.
         runner: Name of an Apache Beam runner, such as `"DirectRunner"`, to whose

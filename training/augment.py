@@ -24,12 +24,15 @@ import numpy as np
 import tensorflow as tf
 
 from keras_vit.embedding import Preprocess
+from keras_vit.encoder import unknown
 from training.preprocess import crop_matrix, scaled
 
-CROP, FLIP, RAND_AUGMENT, MIX = range(4)  # streams of a seed; `affines` has the bare
+# Streams of a seed; `affines` has the bare one.
+CROP, FLIP, RAND_AUGMENT, MIX, SCALING, ERASING, COLORS, JITTER = range(8)
 ATTEMPTS = 10
+INTERPOLATIONS = ("bilinear", "bicubic")
 RAND_AUGMENT_OPS = 15  # of which the first five are the geometric ones:
-LARGEST = {  # at the highest level
+LARGEST = {  # at the highest level; the others are those of `training.colors`
     "rotate": math.radians(30),
     "shear_x": 0.3,  # pixels to the side for each pixel down
     "shear_y": 0.3,
@@ -44,6 +47,7 @@ def random_resized_crop(
     seed: tf.Tensor,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Cut a random part out of one image and resize it, antialiased.
 
@@ -61,13 +65,19 @@ def random_resized_crop(
         seed: int64 `(2,)`.
         scale: Least and largest area of the crop, as a fraction of the image's.
         ratio: Least and largest width / height of the crop, in pixels of the image.
+        interpolation: `"bilinear"`, `"bicubic"`, or `"random"` for one of the two,
+            drawn for each image; None for the one of `preprocess`.
 
     Returns:
         float32 `(H, W, C)` of 0..255, and the matrix of the crop, `(3, 3)`.
 
     Raises:
-        ValueError: If a limit is not positive, or the lower above the higher.
+        ValueError: If a limit is not positive, or the lower above the higher, or the
+            interpolation is unknown.
     """
+    if interpolation not in (None, *INTERPOLATIONS, "random"):
+        known = (*INTERPOLATIONS, "random", None)
+        raise ValueError(unknown("interpolation", interpolation, known))
     for name, (low, high) in (("scale", scale), ("ratio", ratio)):
         if not 0 < low <= high:
             raise ValueError(
@@ -78,7 +88,16 @@ def random_resized_crop(
     box = tf.unstack(tf.cast(tf.concat([offset, size], 0), tf.int32))
     top, left, height, width = box
     crop = image[top : top + height, left : left + width]
-    crop = scaled(crop, preprocess.image_size, preprocess.interpolation)
+    if interpolation == "random":
+        draw = tf.random.stateless_uniform((), tf.random.fold_in(seed, SCALING))
+        bilinear, bicubic = (
+            functools.partial(scaled, crop, preprocess.image_size, name)
+            for name in INTERPOLATIONS
+        )
+        crop = tf.cond(draw < 0.5, bilinear, bicubic)
+    else:
+        interpolation = interpolation or preprocess.interpolation
+        crop = scaled(crop, preprocess.image_size, interpolation)
     return crop, crop_matrix(offset, size, whole)
 
 
@@ -146,6 +165,53 @@ def affines(
     return _matrices(cosine, -sine, sine, cosine, right, down, 0.5, image_size)
 
 
+def rand_augment_draws(
+    seed: tf.Tensor,
+    batch: tf.Tensor,
+    num_ops: int = 2,
+    magnitude: float = 9.0,
+    deviation: float = 0.5,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Which operations of RandAugment each image gets, and how much of them.
+
+    For each image `num_ops` times one of 15 operations is drawn, with replacement, and
+    done with probability 1/2, at a level that is normal with mean `magnitude`, cut to
+    0..10, to either side. As in timm a magnitude of 15 is hardly more than one of 10.
+
+    Source: Cubuk et al. 2020, "RandAugment: Practical automated data augmentation with
+    a reduced search space", https://arxiv.org/abs/1909.13719; operations, probability
+    and random level are those of timm's `rand-m9-mstd0.5-inc1`,
+    https://github.com/huggingface/pytorch-image-models, `timm/data/auto_augment.py`.
+
+    Args:
+        seed: int64 `(2,)`.
+        batch: B.
+        num_ops: Operations an image.
+        magnitude: Mean of the level; 10 is the highest.
+        deviation: Standard deviation of the level.
+
+    Returns:
+        Number of each operation, int32 `(num_ops, B)`: 0..4 one of `LARGEST`, 5..14 one
+        of `training.colors.OPERATIONS`, -1 none; and level / 10 with its sign, float32
+        `(num_ops, B)` of -1..1.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+    if not (isinstance(num_ops, int) and num_ops >= 0):
+        raise ValueError(f"num_ops must be an int >= 0, got {num_ops!r}.")
+    for name, value in (("magnitude", magnitude), ("deviation", deviation)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be a number >= 0, got {value}.")
+    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, RAND_AUGMENT)))
+    draw = tf.random.stateless_uniform((3, num_ops, batch), seeds[0])
+    level = tf.random.stateless_normal((num_ops, batch), seeds[1], magnitude, deviation)
+    amount = tf.clip_by_value(level, 0.0, 10.0) / 10
+    amount *= tf.where(draw[1] < 0.5, -1.0, 1.0)
+    op = tf.cast(draw[0] * RAND_AUGMENT_OPS, tf.int32)
+    return tf.where(draw[2] < 0.5, -1, op), amount
+
+
 def rand_augment_geometry(
     seed: tf.Tensor,
     batch: tf.Tensor,
@@ -154,43 +220,36 @@ def rand_augment_geometry(
     magnitude: float = 9.0,
     deviation: float = 0.5,
 ) -> tf.Tensor:
-    """Matrices of RandAugment: its geometric operations without those on colours.
+    """Matrices of RandAugment: its operations that move pixels.
 
-    For each image `num_ops` times one of 15 operations is drawn, with replacement, and
-    done with probability 1/2. Five are geometric: rotation by up to 30 degrees, shear
-    along x or y by up to 0.3, translation along x or y by up to 0.45 of the side. Each
-    goes to level / 10 of that, to either side, the level being normal with mean
-    `magnitude`, cut to 0..10. For the other ten nothing happens.
+    Five of the 15 are geometric: rotation by up to 30 degrees, shear along x or y by up
+    to 0.3, translation along x or y by up to 0.45 of the side, each to either side. For
+    the other ten, which `training.colors.rand_augment` does, nothing moves. What is
+    drawn, and the source, is told in `rand_augment_draws`.
 
     As in timm a rotation is about the middle of the image, but a shear leaves the top
     (along x) or left (along y) edge in place, so it shifts the image as well.
 
-    Source: Cubuk et al. 2020, "RandAugment: Practical automated data augmentation with
-    a reduced search space", https://arxiv.org/abs/1909.13719; operations, probability
-    and random level are those of timm's `rand-m9-mstd0.5-inc1`,
-    https://github.com/huggingface/pytorch-image-models, `timm/data/auto_augment.py`.
-    Differs from timm in that all operations are one interpolation, so that what the
-    first moves out of the image the second may bring back, and in that `warp` fetches 0
-    from outside, not the mean colour.
+    Differs from timm in that all of them are one interpolation, so that what the first
+    moves out of the image the second may bring back, in that those on colours come
+    first, whatever their order, and in that `warp` fetches 0 from outside, which so has
+    no colour, not the mean colour.
 
     Args:
         seed: int64 `(2,)`.
         batch: B.
         image_size: `(H, W)` of the images.
         num_ops: Operations an image.
-        magnitude: Mean of the level, 0..10.
+        magnitude: Mean of the level; 10 is the highest.
         deviation: Standard deviation of the level.
 
     Returns:
         `(B, 3, 3)`.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
-    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, RAND_AUGMENT)))
-    draw = tf.random.stateless_uniform((3, num_ops, batch), seeds[0])
-    level = tf.random.stateless_normal((num_ops, batch), seeds[1], magnitude, deviation)
-    amount = tf.clip_by_value(level, 0.0, 10.0) / 10
-    amount *= tf.where(draw[1] < 0.5, -1.0, 1.0)
-    amount *= tf.where(draw[2] < 0.5, 0.0, 1.0)
-    op = tf.cast(draw[0] * RAND_AUGMENT_OPS, tf.int32)  # (num_ops, B)
+    op, amount = rand_augment_draws(seed, batch, num_ops, magnitude, deviation)
     chosen = tf.one_hot(op, len(LARGEST)) * list(LARGEST.values())
     amounts = tf.unstack(amount[..., None] * chosen, axis=-1)
     angle, shear_x, shear_y, right, down = amounts  # all but one are 0

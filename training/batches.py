@@ -4,15 +4,23 @@ Shapes: B images of H x W pixels, `(h, w)` tokens, C classes.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from keras_vit.embedding import Preprocess
-from training import augment
+from training import augment, colors
 from training.data import Dataset
+from training.mending import CHUNK, load_each, mended, without_damaged
+from training.order import examples
 from training.preprocess import geometry, resize, resize_mask
-from training.recipe import Augmentation
+from training.recipe_parts import Augmentation
+from training.service import DataService
+from training.sharding import filled, own_rows, part_of, rows
 from training.targets import image_labels, mix, smooth, token_labels
+from training.weights import label_weights
 
 
 def training_batches(
@@ -22,22 +30,31 @@ def training_batches(
     *,
     epochs: int,
     first_epoch: int = 0,
+    first_step: int = 0,
     seed: int = 0,
     augmentation: Augmentation | None = None,
     token_grid: tuple[int, int] | None = None,
     class_labels: str = "truth",
+    accumulation_steps: int = 1,
+    part: tuple[int, int] = (0, 1),
+    class_weights: np.ndarray | None = None,
+    damaged: Callable[[np.ndarray], None] | None = None,
+    service: DataService | None = None,
 ) -> tf.data.Dataset:
     """Batches of (images, labels) of the epochs from `first_epoch` on.
 
-    The order depends on the seed and the number of the epoch alone, so a resumed run
-    sees what it would have seen. Each epoch leaves out the incomplete last batch.
+    The order depends on the seed and the number of the epoch alone, and augmentation on
+    the place in that order, so a resumed run sees what it would have seen. Each epoch
+    leaves out the incomplete last batch.
 
     Args:
         data: What to read.
         preprocess: How a file becomes an image of the model's size.
-        batch_size: Images a batch.
+        batch_size: Images for an update of the weights.
         epochs: Number of the last epoch.
         first_epoch: Number of epochs that are done already.
+        first_step: Number of batches of the next epoch that are done too; they are
+            skipped before their images are decoded.
         seed: Seed of order and augmentation.
         augmentation: What is done to the images, and to their labels with them; None
             for nothing.
@@ -46,27 +63,49 @@ def training_batches(
             token has the label of its image.
         class_labels: Where the label of an image comes from then: `"truth"`, or
             `"maps"`, the mean of the label map over what is seen of it.
+        accumulation_steps: In how many batches the images of an update come, each of
+            B = batch_size / accumulation_steps; its images are mixed with each other.
+        part: (p, P): which process of how many this is. It has B / P rows of each
+            batch (`training.sharding.rows`), the same ones as a process that has all.
+        class_weights: float32 `(C,)`, of `training.weights`; None for no weights.
+        damaged: Told the places in the order of images that do not decode, from 0 at
+            the first of the first epoch; each is replaced by the next of its batch that
+            does. None lets them be errors.
+        service: Whose workers make the batches, the same ones: what
+            `training.service.connect` returns. They cannot tell of damaged images.
 
     Returns:
         Dataset of (images float32 `(B, H, W, 3)` of 0..255, labels),
-        `steps_per_epoch(data, batch_size)` batches an epoch. The labels are int64
+        `steps_per_epoch(data, batch_size)` updates an epoch. The labels are int64
         `(B,)`; or, where they are mixed or smoothed, probabilities `(B, C)`; or, with a
         `token_grid`, a dictionary of `"class"` and `"truth"` `(B, C)` and `"tokens"`
-        `(B, h, w, C)`; or masks, uint8 `(B, H, W)`.
+        `(B, h, w, C)`; or masks, uint8 `(B, H, W)`. With `class_weights` there is
+        a third element, what each label weighs: float32 `(B,)`, or `(B, H, W)`.
 
     Raises:
-        ValueError: If there is not one complete batch, or masks are to be cropped,
-            mixed, smoothed or made labels of tokens, or labels from maps are asked for
-            and there are none.
+        ValueError: If there is not one complete batch, `first_step` is not in the
+            epoch, or masks are to be cropped, mixed, smoothed or made labels of tokens,
+            or labels from maps are asked for and there are none. With a `service` if
+            `damaged` is given, or the data are read by Python functions.
     """
+    if service is not None and damaged is not None:
+        raise ValueError("The workers of a service tell of no damage: damaged=None.")
     augmentation = augmentation or Augmentation()
     check_labels(data, augmentation, token_grid, class_labels)
-    steps = steps_per_epoch(data, batch_size)
+    steps = steps_per_epoch(data, batch_size) * accumulation_steps
+    if not 0 <= first_step <= steps:
+        raise ValueError(
+            f"first_step must be in 0..{steps}, the batches of an epoch, got "
+            f"{first_step}."
+        )
+    batch_size //= accumulation_steps
     follows = token_grid is not None and data.label_maps is not None
-    stream = _examples(data, follows, steps * batch_size, first_epoch, epochs, seed)
+    own = rows(batch_size, part, bool(augmentation.mixup or augmentation.cutmix))
+    count = steps * batch_size
 
     def load(i, example):
         handle, label, *score_map = example
+        key = tf.stack([seed, i])
         image, label = data.decode(handle, label)
         crop = geometry(tf.shape(image)[:2], preprocess)
         if data.masks:
@@ -75,17 +114,19 @@ def training_batches(
             image = resize(image, preprocess)
         else:
             image, crop = augment.random_resized_crop(
-                image,
-                preprocess,
-                tf.stack([seed, i]),
-                **augmentation.random_resized_crop,
+                image, preprocess, key, **augmentation.random_resized_crop
             )
-        return (image, label, crop, *score_map)
+        image = _coloured(image, key, augmentation)
+        return (image, label, key, crop, *score_map)
 
     def finish(step, batch):
-        images, labels, crops, *score_map = batch
+        images, labels, keys, crops, *score_map = batch
         key = tf.stack([seed, step])
-        images, matrices = _warped(images, key, augmentation)
+        matrices = _matrices(images, key, keys, augmentation, batch_size, own)
+        if matrices is not None:
+            images = augment.warp(images, matrices)
+        if augmentation.random_erasing:
+            images = _erased(images, keys, augmentation.random_erasing)
         if data.masks:
             if matrices is not None:
                 labels = augment.warp_masks(labels, matrices)
@@ -98,7 +139,7 @@ def training_batches(
             targets |= {"truth": truth, "tokens": _tiled(truth, token_grid)}
         if follows:
             if matrices is None:
-                matrices = tf.eye(3, batch_shape=[batch_size])
+                matrices = tf.eye(3, batch_shape=[len(own)])
             where = (*score_map, matrices)
             count = len(data.labels)
             targets["tokens"] = token_labels(*where, token_grid, count, crops=crops)
@@ -106,16 +147,53 @@ def training_batches(
                 targets["class"] = image_labels(*where, count, crops=crops)
         targets = smooth(targets, augmentation.label_smoothing)
         images, targets = mix(
-            images, targets, key, augmentation.mixup, augmentation.cutmix
+            images,
+            targets,
+            key,
+            augmentation.mixup,
+            augmentation.cutmix,
+            augmentation.mix_probability,
+            augmentation.cutmix_probability,
         )
         return images, targets if token_grid is not None else targets["class"]
 
-    first_step = first_epoch * steps
-    images = stream.enumerate(first_step * batch_size)
-    images = images.map(load, tf.data.AUTOTUNE, deterministic=True)
-    batches = images.batch(batch_size, drop_remainder=True).enumerate(first_step)
-    batches = batches.map(
-        lambda step, *batch: finish(step, batch[0]),
+    def loaded(first_epoch, epochs, first_step=0, worker=None):
+        follow = (data, follows, count, first_epoch, epochs, seed, augmentation.repeats)
+        images = examples(*follow).enumerate(first_epoch * count)
+        images = own_rows(images.skip(first_step * batch_size), batch_size, own)
+        if worker is not None:
+            images = service.share(images, len(own), worker)
+        if damaged is not None:
+            return load_each(images, load, chunk)
+        images = images.map(load, tf.data.AUTOTUNE, deterministic=True)
+        return images.batch(len(own), drop_remainder=True)
+
+    def made(step, batch):
+        images, labels = finish(step, batch)
+        if class_weights is None:
+            return images, labels
+        return images, labels, label_weights(labels, class_weights, data.masks)
+
+    def share(worker):
+        def numbered(*batch):
+            step = batch[2][0, 1] // batch_size  # of the key of an image
+            return step, made(step, batch)
+
+        batches = loaded(first_epoch, epochs, first_step, worker)
+        return batches.map(numbered, tf.data.AUTOTUNE, deterministic=True)
+
+    first = first_epoch * steps + first_step
+    total = epochs * steps - first
+    if service is not None:
+        shares = [share(worker) for worker in range(service.workers)]
+        return service.read(shares, first, total).prefetch(2)
+    chunk = math.gcd(CHUNK, len(own))
+    batches = loaded(first_epoch, epochs, first_step)
+    if damaged is not None:
+        spare = loaded(epochs, epochs + 1)
+        batches = mended(batches, spare, len(own), total, damaged)
+    batches = batches.enumerate(first).map(
+        lambda step, *batch: made(step, batch[0]),
         tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -123,19 +201,44 @@ def training_batches(
 
 
 def validation_batches(
-    data: Dataset, preprocess: Preprocess, batch_size: int
+    data: Dataset,
+    preprocess: Preprocess,
+    batch_size: int,
+    *,
+    devices: int = 1,
+    part: tuple[int, int] = (0, 1),
+    damaged: Callable[[np.ndarray], None] | None = None,
 ) -> tf.data.Dataset:
-    """Batches of (images, labels) of the validation part, in fixed order, all of it."""
+    """Batches of (images, labels) of the validation part, in fixed order, all of it.
 
-    def load(handle, label):
-        image, label = data.decode(handle, label)
+    Args:
+        data: What to read.
+        preprocess: How a file becomes an image of the model's size.
+        batch_size: Images a batch.
+        devices: D, how many share a batch. More than one are given (images, labels,
+            weights), the last batch filled up to a multiple of D by images without
+            weight; see `training.sharding.filled`.
+        part: As that of `training_batches`.
+        damaged: Told the numbers of images that do not decode, which are left out. None
+            lets them be errors.
+    """
+
+    def load(i, example):
+        image, label = data.decode(*example)
         if data.masks:
             label = resize_mask(label, preprocess)
         return resize(image, preprocess), label
 
-    stream = data.stream("validation")
-    stream = stream.map(load, tf.data.AUTOTUNE, deterministic=True)
-    return stream.batch(batch_size).prefetch(2)
+    stream = data.stream("validation").enumerate()
+    if damaged is None:
+        stream = stream.map(load, tf.data.AUTOTUNE, deterministic=True)
+    else:
+        stream = without_damaged(load_each(stream, load, CHUNK), CHUNK, damaged)
+    batches = stream.batch(batch_size)
+    if devices > 1:
+        count = data.sizes["validation"]
+        batches = filled(batches, count, batch_size, devices, data.masks)
+    return part_of(batches, part).prefetch(2)
 
 
 def steps_per_epoch(data: Dataset, batch_size: int) -> int:
@@ -181,42 +284,48 @@ def check_labels(
         )
 
 
-def _examples(data, follows, count, first_epoch, epochs, seed):
-    """(handle, label), and with `follows` the two parts of the map: `count` an epoch,
-    in the order of the epoch."""
-    examples = data.stream("train")
-    if follows:
-        pairs = tf.data.Dataset.zip(examples, data.label_maps())
-        examples = pairs.map(lambda example, score_map: (*example, *score_map))
-
-    def shuffled(epoch):
-        def permuted(block, window):
-            size = tf.shape(window[1])[0]
-            key = tf.stack([seed + block * 2**32, epoch])
-            order = tf.random.experimental.stateless_shuffle(tf.range(size), key)
-            return tuple(tf.gather(x, order) for x in window)
-
-        windows = examples.batch(data.shuffle_buffer).enumerate()
-        return windows.map(permuted).unbatch().take(count)
-
-    return tf.data.Dataset.range(first_epoch, epochs).flat_map(shuffled)
+def _coloured(image, key, augmentation):
+    """An image after the steps that move no pixel."""
+    if augmentation.rand_augment is not None:
+        image = colors.rand_augment(image, key, **augmentation.rand_augment)
+    if augmentation.three_augment:
+        image = colors.three_augment(image, key)
+    if augmentation.color_jitter:
+        image = colors.color_jitter(image, key, augmentation.color_jitter)
+    return image
 
 
-def _warped(images, key, augmentation):
-    """Images after the steps that have a matrix, and that matrix; None without one."""
-    batch, size = tf.shape(images)[0], images.shape[1:3]
+def _matrices(images, key, keys, augmentation, batch_size, own):
+    """The matrix of each image, by all steps that have one; None without such a step.
+
+    `keys`, `(len(own), 2)`, are those by which the images were coloured; `key` draws
+    for the whole batch, of which the `own` rows are here.
+    """
+    size = images.shape[1:3]
     steps = []
     if augmentation.random_flip:
-        steps.append(augment.flips(key, batch))
-    if augmentation.rand_augment_geometry is not None:
-        amounts = augmentation.rand_augment_geometry
-        steps.append(augment.rand_augment_geometry(key, batch, size, **amounts))
+        steps.append(tf.gather(augment.flips(key, batch_size), own))
+    if augmentation.rand_augment is not None:
+
+        def moved(key):
+            amounts = augmentation.rand_augment
+            return augment.rand_augment_geometry(key, 1, size, **amounts)[0]
+
+        steps.append(tf.map_fn(moved, keys, fn_output_signature=tf.float32))
     if augmentation.random_affine is not None:
-        steps.append(augment.affines(key, batch, size, **augmentation.random_affine))
-    if not steps:
-        return images, None
-    matrices = functools.reduce(tf.matmul, steps)
-    return augment.warp(images, matrices), matrices
+        amounts = augmentation.random_affine
+        matrices = augment.affines(key, batch_size, size, **amounts)
+        steps.append(tf.gather(matrices, own))
+    return functools.reduce(tf.matmul, steps) if steps else None
+
+
+def _erased(images, keys, probability):
+    """Images with a box of noise in some of them."""
+
+    def erased(pair):
+        return colors.random_erasing(*pair, probability)
+
+    return tf.map_fn(erased, (images, keys), fn_output_signature=tf.float32)
 
 
 def _tiled(labels, grid):

@@ -5,9 +5,12 @@
                     pixel; digit_scenes:96 is the same on 96 x 96
     placed_digits   each of them once, somewhere on a noisy canvas of 24 x 24 pixels,
                     with an exact label map; placed_digits:32 is the same on 32 x 32
-    tfds:NAME       any image classification dataset of tensorflow-datasets
+    tfds:NAME       any image classification dataset of tensorflow-datasets, or one that
+                    is prepared in `data_dir`
     folder:PATH     PATH/train/CLASS/*.jpg with PATH/validation/CLASS/*.jpg, or
                     PATH/CLASS/*.jpg, of which every tenth image is held out
+    arrays:FILE     the arrays x_train, y_train, x_test, y_test of an npz file; see
+                    `training.from_arrays`
 
 Every source is a stream of (handle, label), where a handle leads to the encoded file
 and a label is a class or an encoded mask; decoding and resizing are those of
@@ -27,7 +30,6 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
-from keras_vit.encoder import unknown
 from training.preprocess import decode, decode_mask
 
 NAMES = (
@@ -36,6 +38,7 @@ NAMES = (
     "placed_digits:SIZE",
     "tfds:NAME",
     "folder:PATH",
+    "arrays:FILE.npz",
 )
 SHUFFLE_BUFFER = 16_384  # encoded images, about 2 GB of ImageNet
 TFDS_SPLITS = ("validation", "test")  # the first that exists is held out
@@ -90,18 +93,14 @@ class Dataset:
         try:
             yield
         except tf.errors.OpError as error:
-            maps = re.search(
-                r"ValueError: (.*label maps that were written.*)", str(error)
-            )
-            if maps:
-                raise ValueError(maps.group(1)) from error
+            if sentence := label_map_damage(error):
+                raise ValueError(sentence) from error
             damaged = [x for part in self.sizes for x in self._damaged(part)]
             if not damaged:
                 raise
-            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
             mask = " with a PNG mask of one channel and its size" if self.masks else ""
             raise ValueError(
-                f"{', '.join(damaged[:5])}{more} must be a whole JPEG, PNG, GIF or BMP "
+                f"{shortened(damaged)} must be a whole JPEG, PNG, GIF or BMP "
                 f"file{mask}; it could not be decoded. Repair or remove it."
             ) from error
 
@@ -130,36 +129,57 @@ class Dataset:
         is_file = self.name.startswith("folder:")
         return handle.decode() if is_file else f"image {index} of {part}"
 
+    def names_of(self, part: str, numbers: list[int]) -> list[str]:
+        """The names of images by their number in the stream of a part."""
+        if not numbers:
+            return []
+        stream = self.stream(part).enumerate()
+        chosen = tf.constant(numbers, tf.int64)
+        stream = stream.filter(lambda i, example: tf.reduce_any(i == chosen))
+        found = {
+            int(i): self.name_of(handle, part, int(i))
+            for i, (handle, _) in stream.take(len(numbers)).as_numpy_iterator()
+        }
+        return [found[i] for i in numbers]
 
-def load_data(name: str) -> Dataset:
+
+def load_data(name: str, data_dir: str | None = None) -> Dataset:
     """Load a dataset by name: one of `NAMES`.
+
+    Args:
+        name: Its name.
+        data_dir: Where tensorflow-datasets keeps those of `tfds:NAME`, or will prepare
+            them: a folder, also of `gs://`, `s3://` and what else it knows. None for
+            its own.
 
     Raises:
         ValueError: If the name is none of these, a canvas would be too small or large,
-            the dataset has no images with labels, or the folder no classes.
-        FileNotFoundError: If the folder does not exist.
+            the dataset has no images with labels, the folder no classes, or a
+            `data_dir` is given for another source.
+        FileNotFoundError: If the folder or file does not exist.
     """
     kind, _, rest = name.partition(":")
+    if data_dir is not None and not (kind == "tfds" and rest):
+        raise ValueError(
+            f"data_dir is where tensorflow-datasets keeps tfds:NAME, got {data_dir!r} "
+            f"with {name!r}; leave it out."
+        )
     if name == "digits":
         from training.digits import HandwrittenDigits
 
         return _from_builder(name, HandwrittenDigits())
     if kind == "tfds" and rest:
-        import tensorflow_datasets as tfds
+        from training.catalogue import builder
 
-        try:
-            return _from_builder(name, tfds.builder(rest))
-        except tfds.core.DatasetNotFoundError as error:
-            known = tfds.list_builders(with_community_datasets=False)
-            nearest = unknown("", rest, known).partition("Did you mean ")[2]
-            hint = f" Did you mean {nearest}" if nearest else ""
-            raise ValueError(
-                f"tensorflow-datasets has no dataset {rest!r}.{hint}"
-            ) from error
+        return _from_builder(name, builder(rest, data_dir))
     if kind == "folder" and rest:
         from training.folder import load_folder
 
         return load_folder(name, Path(rest).expanduser())
+    if kind == "arrays" and rest:
+        from training.arrays import load_arrays
+
+        return load_arrays(name, Path(rest).expanduser())
     if name == "digit_scenes" or (kind == "digit_scenes" and rest.isdecimal()):
         from training.scenes import load_scenes
 
@@ -207,6 +227,18 @@ def subset(data: Dataset, count: int, seed: int) -> Dataset:
         shuffle_buffer=min(count, data.shuffle_buffer),
         label_maps=data.label_maps and (lambda: only(data.label_maps())),
     )
+
+
+def shortened(names: list[str]) -> str:
+    """The first five of many names, and how many there are more."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
+
+
+def label_map_damage(error: tf.errors.OpError) -> str | None:
+    """The sentence of an error that names damaged shards of label maps."""
+    found = re.search(r"ValueError: (.*label maps that were written.*)", str(error))
+    return found and found.group(1)
 
 
 def fingerprint(value) -> str:

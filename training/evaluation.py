@@ -4,8 +4,10 @@ import keras
 from tqdm.auto import tqdm
 
 from training.batches import validation_batches
+from training.damage import HeldOutDamage, naming_what_stops
 from training.data import Dataset
-from training.task import check_fits, objective, preprocess_for
+from training.report import Judge, Report
+from training.task import IGNORED, check_fits, is_segmentation, preprocess_for
 
 
 def evaluate(
@@ -14,7 +16,7 @@ def evaluate(
     batch_size: int = 64,
     image_size: tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Loss and metrics over all held-out images.
+    """Loss and scores over all held-out images; damaged ones are named and left out.
 
     Args:
         model: With logits `(B, C)`, or `(B, H, W, C)` for data with masks.
@@ -24,23 +26,66 @@ def evaluate(
             where it takes any size for that of the data.
 
     Returns:
-        `loss` and `accuracy`; for data with masks also `mean_iou`.
+        `loss`, `accuracy` and `calibration_error`; with more than 5 classes
+        `top5_accuracy`; for data with masks `mean_iou`, and all of them over the pixels
+        that count. See `training.report.Report.figures`.
 
     Raises:
         ValueError: If the model and the data do not fit, the model does not take
-            images of that size, or a file is damaged.
+            images of that size, or every held-out image is damaged.
+    """
+    return examine(model, data, batch_size, image_size).figures()
+
+
+def examine(
+    model: keras.Model,
+    data: Dataset,
+    batch_size: int = 64,
+    image_size: tuple[int, int] | None = None,
+) -> Report:
+    """What `evaluate` tells, and classes, confusions, calibration; in one pass.
+
+    Args:
+        model: As that of `evaluate`, and so are the others.
+
+    Raises:
+        ValueError: Those of `evaluate`.
     """
     check_fits(model, data)
     preprocess = preprocess_for(model, data, image_size)
-    loss, metrics = objective(model)
-    model.compile(loss=loss, metrics=metrics)
-    batches = validation_batches(data, preprocess, batch_size)
-    steps = -(-data.sizes["validation"] // batch_size)
-    bar = tqdm(total=steps, unit=" batches", desc="evaluate", dynamic_ncols=True)
-    progress = keras.callbacks.LambdaCallback(
-        on_test_batch_end=lambda batch, logs: bar.update()
-    )
-    with data.naming_damaged_files(), bar:
-        return model.evaluate(
-            batches, callbacks=[progress], return_dict=True, verbose=0
-        )
+    damage = HeldOutDamage(data)
+    report = Report(tuple(data.labels), is_segmentation(model))
+    judge = _judged(model)
+    batches = validation_batches(data, preprocess, batch_size, damaged=damage.tell)
+    total = data.sizes["validation"]
+    bar = tqdm(total=total, unit=" images", desc="evaluate", dynamic_ncols=True)
+    with naming_what_stops(data), bar:
+        for images, labels in batches.as_numpy_iterator():
+            found = judge.predict_on_batch([images, labels])
+            counts = labels != IGNORED if data.masks else ...
+            found = {name: x[counts].ravel() for name, x in found.items()}
+            report.add(labels[counts].ravel(), **found)
+            report.images += len(images)
+            bar.update(len(images))
+    damage.settle()
+    return report
+
+
+def _judged(model):
+    """A model of (images, labels) that answers what is counted of the logits."""
+    logits = model.outputs[0]
+    labels = keras.Input(logits.shape[1:-1], dtype="int32", name="labels")
+    judge = Judge(dtype="float32", name="judge")
+    return keras.Model([model.inputs[0], labels], judge([logits, labels]))
+
+
+def in_words(result: dict[str, float]) -> str:
+    """Accuracy, or mean IoU and accuracy of pixels, of what `evaluate` returns."""
+    accuracy = f"accuracy {result['accuracy']:.2%}"
+    if "mean_iou" in result:
+        return f"mean IoU {result['mean_iou']:.4f}, pixel {accuracy}"
+    best = next((key for key in result if key.startswith("top")), None)
+    if best is None:
+        return accuracy
+    k = best.removeprefix("top").removesuffix("_accuracy")
+    return f"{accuracy}, top-{k} {result[best]:.2%}"

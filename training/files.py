@@ -1,33 +1,10 @@
-"""Files that are there as a whole or not at all, and which of them is meant."""
+"""Which file is meant: of a run, of a checkpoint."""
 
-import contextlib
-import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to; afterwards it takes the place of `path` at once.
-
-    Killed in between, it leaves a hidden file `.STEM.PROCESS.SUFFIX` behind.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256(path: str | Path) -> str:
-    """SHA-256 of what a file holds, in hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from keras_vit.checkpoint_files import SUFFIXES
+from keras_vit.model_file import sha256
 
 
 def model_file(path: Path) -> tuple[Path, list[str] | None]:
@@ -46,3 +23,36 @@ def model_file(path: Path) -> tuple[Path, list[str] | None]:
             f"{path} must be a run directory with run.json and last.keras."
         )
     return path / "last.keras", json.loads(run.read_text())["labels"]
+
+
+def checkpoint_source(source: str) -> str:
+    """What `from_checkpoint` takes for a source that may be a run: its `last.keras`.
+
+    Raises:
+        FileNotFoundError: If it is a run without a model.
+    """
+    if not (Path(source).expanduser() / "run.json").is_file():
+        return source
+    return str(model_file(Path(source).expanduser())[0])
+
+
+def checkpoint_identity(source: str) -> dict:
+    """Which checkpoint a source is now: what a run keeps of it in `run.json`.
+
+    Returns:
+        Its `path`, and the `sha256` of the file, or of the weights and the JSON in a
+        folder by their names; of a model on the Hugging Face hub its `revision`.
+
+    Raises:
+        OSError: If there is none, or the hub cannot be reached.
+    """
+    source = checkpoint_source(source)
+    if source.startswith("hf:"):
+        from keras_vit.checkpoint_hub import download
+
+        return {"path": source, "revision": download(source).name}
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {"path": source, "sha256": sha256(path)}
+    files = [x for x in sorted(path.iterdir()) if x.suffix in (*SUFFIXES, ".json")]
+    return {"path": source, "sha256": {file.name: sha256(file) for file in files}}

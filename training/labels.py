@@ -25,8 +25,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm.auto import tqdm
 
+from keras_vit.model_file import replacing, sha256
 from training.data import Dataset, fingerprint
-from training.files import replacing, sha256
 
 FORMAT = 1
 FINISHED, PLAN = "labels.json", "plan.json"

@@ -2,27 +2,20 @@
 
 A run directory holds
     run.json      recipe, data, labels, versions, device: all that a repetition needs
-    history.csv   one row an epoch
-    last.keras    the model after the last epoch
-    best.keras    the model of the best validation accuracy, or mean IoU of pixels
-    state.npz     every variable of model, optimizer and seed generators, for resuming
+                  (training/runs.py)
+    history.csv, last.keras, best.keras, state.npz, state.previous.npz
+                  what it has come to (training/checkpoints.py)
+    damaged.txt   files that could not be decoded, if there are some
+    tensorboard   the curves for TensorBoard (training/events.py)
+    curves.png    the curves of history.csv, drawn at the end if matplotlib is there
 """
 
 import contextlib
-import csv
-import dataclasses
-import importlib.metadata
-import io
-import json
-import platform
-import time
-import zipfile
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import keras
-import numpy as np
-from tqdm.auto import tqdm
 
 from keras_vit import kernels
 from training.batches import (
@@ -31,21 +24,38 @@ from training.batches import (
     training_batches,
     validation_batches,
 )
+from training.checkpoints import (
+    Average,
+    Checkpoint,
+    first_loss,
+    restore,
+    use_average,
+)
+from training.curves import draw_run
+from training.damage import Damage, naming_what_stops
 from training.data import Dataset, subset
-from training.files import replacing
-from training.optimize import optimizer
+from training.distribution import (
+    Devices,
+    distributed,
+)
+from training.events import TensorBoard
+from training.interruption import Sigterm, fit_from
+from training.loss import CountedAccuracy
+from training.optimize import frozen, optimizer
+from training.progress import Divergence, LearningRate, Progress
 from training.recipe import Recipe
+from training.runs import describe_run
+from training.service import connect, explaining
 from training.task import (
     check_fits,
-    network_of,
+    has_own_loss,
+    is_segmentation,
     objective,
     preprocess_for,
     token_grid,
     trainer,
 )
-from training.token_labeling import TokenLabeling
-
-SCORES = ("val_mean_iou", "val_accuracy", "mean_iou", "accuracy")  # the first decides
+from training.weights import weights_of_classes
 
 
 def fit(
@@ -53,8 +63,13 @@ def fit(
     data: Dataset,
     recipe: Recipe,
     run_dir: str | Path,
+    devices: str | int | Devices | None = None,
+    data_service: str | None = None,
 ) -> keras.Model:
     """Train a model by a recipe; killed at any moment, the same call goes on.
+
+    SIGTERM ends it as soon as a step is done, and the same call goes on at the next
+    step. Of several processes SIGTERM saves nothing: they go on after the last epoch.
 
     The dtype policy that the recipe asks for is set before `build_model` is called
     and restored on return.
@@ -64,20 +79,37 @@ def fit(
             each pixel where `data` has masks.
         data: What `load_data` returns.
         recipe: How to train.
-        run_dir: Where the run is kept; a run that it holds already is continued.
+        run_dir: Where the run is kept; a run that it holds already is continued, on
+            whatever devices. Several processes share it, and one writes.
+        devices: `"all"`, a number of copies of the model, or `Devices`; None for one
+            device. The batch of the recipe is that of all together.
+        data_service: Address of a tf.data service, `grpc://HOST:PORT`, whose workers
+            make the training batches, the same ones; a run may go on with or without.
+            A damaged training image then stops the run. None makes them here.
 
     Returns:
-        The model after the last epoch.
+        The model after the last epoch; where the recipe says `ema` its averaged
+        weights.
 
     Raises:
-        ValueError: If `run_dir` holds a run of another recipe, data or backend, its
-            state is damaged, or the model and the data do not fit.
+        ValueError: If `run_dir` holds a run of another recipe, checkpoint, data or
+            backend, its state is damaged, the model and the data do not fit, there are
+            not such devices, more images are damaged than the recipe allows (with a
+            service one), or a service cannot read the data.
+        RuntimeError: If the loss is no number any more, or ten times what it was.
+        OSError: If a file cannot be written, on a full disk for example, or the
+            service is not there.
+        SystemExit: With status 143, when the run is saved after SIGTERM.
     """
     run_dir = Path(run_dir)
+    service = None if data_service is None else connect(data_service)
     if recipe.train_images is not None:
         data = subset(data, recipe.train_images, recipe.seed)
-    steps = steps_per_epoch(data, recipe.batch_size)
-    with precision(recipe) as policy:
+    updates = steps_per_epoch(data, recipe.batch_size)
+    with contextlib.ExitStack() as stack:
+        placement = stack.enter_context(distributed(devices))
+        policy = stack.enter_context(precision(recipe))
+        placement.check_batches(recipe)
         keras.utils.set_random_seed(recipe.seed)
         network = build_model()
         check_fits(network, data)
@@ -89,32 +121,74 @@ def fit(
             "class_labels": _class_labels(recipe),
         }
         check_labels(data, **labels)
-        _describe_run(run_dir, recipe, data, preprocess, policy)
-        compile_model(model, recipe, steps)
-        first_epoch = resume(model, run_dir)
-        batches = training_batches(
-            data,
-            preprocess,
-            recipe.batch_size,
-            epochs=recipe.epochs,
-            first_epoch=first_epoch,
-            seed=recipe.seed,
-            **labels,
+        class_weights = weights_of_classes(recipe.class_weights, data)
+        describe_run(run_dir, recipe, data, preprocess, policy, placement)
+        stack.enter_context(frozen(model, recipe))
+        compile_model(model, recipe, updates)
+        model.optimizer.build(model.trainable_variables)  # not while it is traced
+        placement.adapt(model.optimizer)
+        damage = Damage(
+            data, recipe, updates * recipe.batch_size, run_dir, placement.part
         )
-        held_out = validation_batches(data, preprocess, recipe.batch_size)
-        if first_epoch < recipe.epochs:
-            with data.naming_damaged_files():
-                model.fit(
-                    batches,
-                    epochs=recipe.epochs,
-                    initial_epoch=first_epoch,
-                    steps_per_epoch=steps,
-                    validation_data=held_out,
-                    callbacks=callbacks(run_dir, images_per_step=recipe.batch_size),
-                    shuffle=False,
-                    verbose=0,
-                )
+        labels |= {"class_weights": class_weights, "service": service}
+        batches, held_out = _streams(
+            data, preprocess, recipe, placement, damage, labels
+        )
+        place, metrics = restore(model, run_dir, held_out)
+        done = (place.epochs, place.step)
+        placement.check_same(data=data.fingerprint, epochs_done=done)
+        sigterm = Sigterm()
+        step_size = recipe.batch_size // recipe.accumulation_steps
+        watching = callbacks(run_dir, step_size, placement.is_chief, sigterm)
+        for callback in watching:
+            if isinstance(callback, Progress):
+                stack.callback(callback.close)
+        if place.epochs < recipe.epochs:
+            stack.enter_context(naming_what_stops(data))
+            if service is not None:
+                stack.enter_context(explaining(data))
+            if placement.processes == 1:  # several would have to stop at one step
+                stack.enter_context(sigterm)
+            fit_from(
+                place,
+                model,
+                batches,
+                held_out,
+                recipe.epochs,
+                updates * recipe.accumulation_steps,
+                [*watching, damage],
+                metrics,
+            )
+        if placement.is_chief:
+            with contextlib.suppress(ModuleNotFoundError):  # matplotlib
+                draw_run(run_dir)
+        use_average(model)
+        placement.wait("the end of fit")
     return network
+
+
+def _streams(data, preprocess, recipe, placement, damage, options):
+    """Training batches, but for where they begin and end; and the held-out batches."""
+    batches = functools.partial(
+        training_batches,
+        data,
+        preprocess,
+        recipe.batch_size,
+        seed=recipe.seed,
+        accumulation_steps=recipe.accumulation_steps,
+        part=placement.part,
+        damaged=damage.train if options["service"] is None else None,
+        **options,
+    )
+    held_out = validation_batches(
+        data,
+        preprocess,
+        recipe.batch_size // recipe.accumulation_steps,
+        devices=placement.devices.data,
+        part=placement.part,
+        damaged=damage.held_out.tell,
+    )
+    return batches, held_out
 
 
 def _class_labels(recipe):
@@ -122,29 +196,53 @@ def _class_labels(recipe):
     return "truth" if how is None else how.class_labels
 
 
-def compile_model(model: keras.Model, recipe: Recipe, steps_per_epoch: int) -> None:
+def compile_model(model: keras.Model, recipe: Recipe, updates_per_epoch: int) -> None:
     """Compile a model of logits by a recipe, for those who call `model.fit`.
 
-    Loss and metrics are those of `training.task.objective`; a `TokenLabeling` has its
-    own.
+    Loss and metrics are those of `training.task.objective`; a `TokenLabeling` or a
+    `Distillation` has its own.
+
+    Args:
+        model: With logits, or a trainer around one.
+        recipe: How to train.
+        updates_per_epoch: Batches of the recipe's size in an epoch; where it says
+            `accumulation_steps`, that many steps of `model.fit` are one update.
     """
-    if isinstance(model, TokenLabeling):
-        model.compile(optimizer(model, recipe, steps_per_epoch))
+    if has_own_loss(model):
+        model.compile(optimizer(model, recipe, updates_per_epoch))
         return
-    loss, metrics = objective(model)
-    model.compile(optimizer(model, recipe, steps_per_epoch), loss, metrics=metrics)
+    loss, metrics = objective(model, recipe.loss)
+    if recipe.class_weights is not None and not is_segmentation(model):
+        metrics = [CountedAccuracy(name="accuracy")]
+    # Rows that fill up a batch weigh nothing; pixels that do are of no class.
+    kind = "metrics" if is_segmentation(model) else "weighted_metrics"
+    rule = optimizer(model, recipe, updates_per_epoch)
+    model.compile(rule, loss, **{kind: metrics})
 
 
 def callbacks(
-    run_dir: str | Path, images_per_step: int = 1
+    run_dir: str | Path,
+    images_per_step: int = 1,
+    is_chief: bool = True,
+    sigterm: Sigterm | None = None,
 ) -> list[keras.callbacks.Callback]:
-    """A progress bar and checkpoints, for those who call `model.fit`.
+    """A progress bar, checkpoints and curves, for those who call `model.fit`.
+
+    They validate and save the average of the weights where the optimizer keeps one, and
+    stop a run whose loss is no number any more, or ten times what it was.
 
     Args:
-        run_dir: Where `state.npz`, `last.keras`, `best.keras` and `history.csv` go.
+        run_dir: Where `tensorboard` goes, and what `training.checkpoints` lists.
         images_per_step: Batch size, for the rate that the bar shows.
+        is_chief: Whether this process writes and shows anything; one of several does.
+        sigterm: What `fit` enters, to save within an epoch; None to do no such thing.
     """
-    return [Checkpoint(run_dir), Progress(images_per_step)]
+    run_dir = Path(run_dir)
+    watching = [Average(), Divergence(run_dir, first_loss(run_dir)), LearningRate()]
+    if is_chief:
+        watching += [TensorBoard(run_dir, images_per_step)]
+        watching += [Checkpoint(run_dir, sigterm), Progress(images_per_step)]
+    return watching
 
 
 @contextlib.contextmanager
@@ -159,196 +257,3 @@ def precision(recipe: Recipe) -> Iterator[str]:
         yield policy
     finally:
         keras.config.set_dtype_policy(before)
-
-
-class Progress(keras.callbacks.Callback):
-    """One bar over all epochs, with images a second and the time that is left."""
-
-    def __init__(self, images_per_step: int = 1):
-        super().__init__()
-        self.images_per_step = images_per_step
-        self.bar = None
-        self.text = {}
-
-    def on_epoch_begin(self, epoch, logs=None):
-        steps = self.params["steps"] or 0
-        epochs = self.params["epochs"]
-        if self.bar is None:
-            self.bar = tqdm(
-                total=epochs * steps * self.images_per_step or None,
-                initial=epoch * steps * self.images_per_step,
-                unit=" images",
-                unit_scale=True,
-                dynamic_ncols=True,
-                mininterval=0.5,
-            )
-        self.bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.bar.update(self.images_per_step)
-
-    def on_epoch_end(self, epoch, logs=None):
-        score = next((key for key in SCORES if key in logs), None)
-        keys = [key for key in ("loss", "val_loss", score) if key in logs]
-        self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in keys}, refresh=False)
-
-    def on_train_end(self, logs=None):
-        if self.bar is not None:
-            self.bar.close()
-
-
-class Checkpoint(keras.callbacks.Callback):
-    """Write the run after each epoch, every file by one atomic replacement.
-
-    `resume` reads `state.npz` alone, and `history.csv` is written from it, so a kill
-    between two files harms nothing.
-    """
-
-    def __init__(self, run_dir: str | Path):
-        super().__init__()
-        self.run_dir = Path(run_dir)
-        self.history = []
-
-    def on_train_begin(self, logs=None):
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.history = list(_read_state(self.run_dir)[0])
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.history = self.history[:epoch]
-        self.started = time.monotonic()
-
-    def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch + 1, **{key: float(x) for key, x in logs.items()}}
-        row["seconds"] = round(time.monotonic() - self.started, 3)
-        self.history.append(row)
-        scores = [
-            next((x[key] for key in SCORES if key in x), 0.0) for x in self.history
-        ]
-        self._save_model("last.keras")
-        if scores[-1] >= max(scores):
-            self._save_model("best.keras")
-        with replacing(self.run_dir / "state.npz") as path:
-            np.savez(path, history=json.dumps(self.history), **_state(self.model))
-        with replacing(self.run_dir / "history.csv") as path:
-            text = io.StringIO()
-            rows = csv.DictWriter(text, list(row), restval="")
-            rows.writeheader()
-            rows.writerows(self.history)
-            path.write_text(text.getvalue())
-
-    def _save_model(self, name):
-        model = network_of(self.model)  # without its optimizer: state.npz has that
-        plain = keras.Model(model.input, model.output, name=model.name)
-        with replacing(self.run_dir / name) as path:
-            plain.save(path)
-
-
-def resume(model: keras.Model, run_dir: str | Path) -> int:
-    """Give a compiled model the state that `run_dir` holds, if it holds one.
-
-    Returns:
-        Number of epochs that are done: the `initial_epoch` for `model.fit`.
-
-    Raises:
-        ValueError: If the file is damaged or belongs to another model.
-    """
-    history, arrays = _read_state(Path(run_dir))
-    if not history:
-        return 0
-    model.optimizer.build(model.trainable_variables)
-    variables = _variables(model)
-    fits = set(variables) == set(arrays) and all(
-        tuple(v.shape) == arrays[key].shape for key, v in variables.items()
-    )
-    if not fits:
-        raise ValueError(
-            f"{Path(run_dir) / 'state.npz'} must hold the variables of this model and "
-            f"optimizer, got others. Choose another run directory."
-        )
-    for key, variable in variables.items():
-        variable.assign(arrays[key])
-    return len(history)
-
-
-def _variables(model):
-    """Every variable, the states of seed generators among them, by a stable key."""
-    groups = {"model": model.variables, "optimizer": model.optimizer.variables}
-    return {
-        f"{group}/{i:05d}": variable
-        for group, variables in groups.items()
-        for i, variable in enumerate(variables)
-    }
-
-
-def _state(model):
-    return {
-        key: keras.ops.convert_to_numpy(variable.value)
-        for key, variable in _variables(model).items()
-    }
-
-
-def _read_state(run_dir):
-    """The history and the arrays of `state.npz`; two empty ones without a file."""
-    path = run_dir / "state.npz"
-    if not path.exists():
-        return [], {}
-    try:
-        with np.load(path) as file:
-            arrays = {key: file[key] for key in file.files}
-        return json.loads(str(arrays.pop("history"))), arrays
-    except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}). Delete it to start the run again."
-        ) from error
-
-
-def _describe_run(run_dir, recipe, data, preprocess, policy):
-    """Write `run.json`, or check that the one there tells of the same run."""
-    packages = ("keras", "tensorflow", "jax", "torch", "numpy", "keras-vit")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    same = {
-        "recipe": dataclasses.asdict(recipe),
-        "precision": policy,
-        "backend": keras.backend.backend(),
-        "data": {
-            "name": data.name,
-            "sizes": data.sizes,
-            "fingerprint": data.fingerprint,
-        },
-        "labels": list(data.labels),
-        "preprocess": dataclasses.asdict(preprocess),
-    }
-    run = {**same, "versions": versions, "platform": platform.platform()}
-    path = run_dir / "run.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}). Choose another run directory."
-            ) from error
-        for key, value in _flat(json.loads(json.dumps(same))):
-            old = dict(_flat(before)).get(key)
-            if old != value:
-                raise ValueError(
-                    f"{run_dir} holds another run: its {key} is {old!r}, now it is "
-                    f"{value!r}. Choose another run directory, or delete that one."
-                )
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(run, indent=2) + "\n")
-
-
-def _flat(value, key=""):
-    """Pairs of a dotted key and a leaf of nested dictionaries."""
-    if not isinstance(value, dict):
-        return [(key, value)]
-    return [
-        pair
-        for name, x in value.items()
-        for pair in _flat(x, f"{key}.{name}" if key else name)
-    ]

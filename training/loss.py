@@ -1,4 +1,4 @@
-"""Losses of soft and of token labels.
+"""Losses of soft labels, of token labels, and of a teacher's answers.
 
 Shapes in this file:
     B batch, h x w patch grid, N = h * w tokens, C classes.
@@ -6,6 +6,9 @@ Shapes in this file:
 
 import keras
 from keras import ops
+
+from keras_vit.encoder import unknown
+from training.recipe_parts import DISTILLATIONS
 
 serializable = keras.saving.register_keras_serializable("training")
 
@@ -51,6 +54,21 @@ def cross_entropy(labels, logits):
     return -ops.sum(labels * ops.log_softmax(logits, axis=-1), axis=-1)
 
 
+def binary_cross_entropies(labels, logits):
+    """For each class: - y log sigmoid(z) - (1 - y) log sigmoid(-z), in float32.
+
+    Args:
+        labels: y, 0 to 1, `(..., C)`.
+        logits: z, `(..., C)`.
+
+    Returns:
+        `(..., C)`.
+    """
+    logits = ops.cast(logits, "float32")
+    yes, no = ops.log_sigmoid(logits), ops.log_sigmoid(-logits)  # no logit overflows
+    return -labels * yes - (1 - labels) * no
+
+
 @serializable
 class SoftCrossEntropy(keras.Loss):
     """Cross-entropy of logits with classes or with probabilities.
@@ -62,6 +80,139 @@ class SoftCrossEntropy(keras.Loss):
 
     def call(self, y_true, y_pred):
         return cross_entropy(soft_labels(y_true, y_pred.shape[-1]), y_pred)
+
+
+@serializable
+class SigmoidCrossEntropy(keras.Loss):
+    """Cross-entropy of the sigmoid of each logit, summed over the classes.
+
+    What is trained by it ranks the classes as any other classifier, by its logits, and
+    is served with the softmax of them as any other.
+
+    Source: `sigmoid_xent` of https://github.com/google-research/big_vision, which
+    trained the models of Steiner et al. 2022, "How to train your ViT?",
+    https://arxiv.org/abs/2106.10270.
+
+    Call arguments:
+        y_true: Classes `(B,)`, or probabilities `(B, C)` as MixUp makes them.
+        y_pred: Logits `(B, C)`.
+    """
+
+    def call(self, y_true, y_pred):
+        labels = soft_labels(y_true, y_pred.shape[-1])
+        return ops.sum(binary_cross_entropies(labels, y_pred), axis=-1)
+
+
+@serializable
+class BinaryCrossEntropy(keras.Loss):
+    """Cross-entropy of the sigmoid of each logit, the mean over the classes.
+
+    A class that has any part of the label counts as 1: both of a mixed image do. So
+    labels must not be smoothed, for then all would.
+
+    Source: Touvron et al. 2022, "DeiT III: Revenge of the ViT", section 3,
+    https://arxiv.org/abs/2204.07118; in the code, https://github.com/facebookresearch/
+    deit, the option `bce_loss` of `engine.py`.
+
+    Call arguments:
+        y_true: Classes `(B,)`, or probabilities `(B, C)` as MixUp makes them.
+        y_pred: Logits `(B, C)`.
+    """
+
+    def call(self, y_true, y_pred):
+        labels = soft_labels(y_true, y_pred.shape[-1])
+        whole = ops.where(labels > 0, 1.0, labels)  # not a number stays so
+        return ops.mean(binary_cross_entropies(whole, y_pred), axis=-1)
+
+
+LOSSES = {  # by the names of `Recipe.loss`
+    "softmax": SoftCrossEntropy,
+    "sigmoid": SigmoidCrossEntropy,
+    "binary": BinaryCrossEntropy,
+}
+
+
+def classification_loss(name="softmax"):
+    """The loss of a classifier by its name, a key of `LOSSES`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if name not in LOSSES:
+        raise ValueError(unknown("loss", name, LOSSES))
+    return LOSSES[name]()
+
+
+@serializable
+class DistillationLoss(keras.Loss):
+    """What the labels say of the class head, and a teacher of the distillation head.
+
+        (1 - weight) * L(class logits, label) + weight * D(distillation logits, teacher)
+
+    with, for teacher and student logits z_t and z_s,
+
+        hard:  D = cross-entropy of z_s with the class argmax z_t, never smoothed (3)
+        soft:  D = tau^2 / C * KL(softmax(z_t / tau) || softmax(z_s / tau))       (2)
+
+    Source: Touvron et al. 2021, "Training data-efficient image transformers &
+    distillation through attention", equations 2 and 3,
+    https://arxiv.org/abs/2012.12877.
+    Differs from equation 2 in 1 / C, as the paper's own code does: that divides the sum
+    of a batch by the number of its logits, B C, so the teacher says C times less.
+
+    Args:
+        loss: L, a key of `LOSSES`.
+        kind: `"hard"` or `"soft"`.
+        weight: The teacher's part, alpha, in [0, 1].
+        temperature: tau, positive; only for `"soft"`.
+
+    Call arguments:
+        y_true: Classes `(B,)`, or probabilities `(B, C)` as MixUp makes them.
+        y_pred: Dictionary of the logits `"class"`, `"distillation"` and `"teacher"`,
+            each `(B, C)`.
+
+    Raises:
+        ValueError: If a name is unknown or a number is out of its range.
+    """
+
+    def __init__(
+        self, loss="softmax", kind="hard", weight=0.5, temperature=1.0, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.of_labels = classification_loss(loss)
+        if kind not in DISTILLATIONS:
+            raise ValueError(unknown("kind", kind, DISTILLATIONS))
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight must be in [0, 1], got {weight!r}.")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature!r}.")
+        self.loss = loss
+        self.kind = kind
+        self.weight = weight
+        self.temperature = temperature
+
+    def get_config(self):
+        names = ("loss", "kind", "weight", "temperature")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+    def call(self, y_true, y_pred):
+        of_class, of_teacher = self.parts(y_true, y_pred)
+        return (1 - self.weight) * of_class + self.weight * of_teacher
+
+    def parts(self, y_true, y_pred):
+        """L and D of each image, two `(B,)`."""
+        of_class = self.of_labels.call(y_true, y_pred["class"])
+        student = ops.cast(y_pred["distillation"], "float32")
+        teacher = ops.stop_gradient(ops.cast(y_pred["teacher"], "float32"))
+        num_classes = student.shape[-1]
+        if self.kind == "hard":
+            labels = ops.one_hot(ops.argmax(teacher, axis=-1), num_classes)
+            return of_class, cross_entropy(labels, student)
+        log_teacher = ops.log_softmax(teacher / self.temperature, axis=-1)
+        log_student = ops.log_softmax(student / self.temperature, axis=-1)
+        divergence = ops.exp(log_teacher) * (log_teacher - log_student)
+        scale = self.temperature**2 / num_classes
+        return of_class, scale * ops.sum(divergence, axis=-1)
 
 
 @serializable
@@ -77,6 +228,19 @@ class SoftAccuracy(keras.metrics.Mean):
         labels = soft_labels(ops.convert_to_tensor(y_true), y_pred.shape[-1])
         right = ops.equal(ops.argmax(labels, -1), ops.argmax(y_pred, -1))
         return super().update_state(ops.cast(right, self.dtype), sample_weight)
+
+
+@serializable
+class CountedAccuracy(SoftAccuracy):
+    """The same of images that weigh differently in the loss, each counting once.
+
+    An image without weight, such as one that fills up a batch, does not count.
+    """
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        if sample_weight is not None:
+            sample_weight = ops.cast(ops.not_equal(sample_weight, 0), self.dtype)
+        return super().update_state(y_true, y_pred, sample_weight)
 
 
 @serializable

@@ -1,6 +1,6 @@
 """Pictures of what a model says of held-out images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import keras
@@ -45,6 +45,41 @@ def draw_answers(
     for axes in grid.flat:
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
+
+
+def draw_held_out(
+    data: Dataset,
+    classify: Callable[[Sequence[bytes]], Sequence[tuple[str, float]]],
+    directory: Path,
+) -> tuple[float, Path]:
+    """Ask a classifier about every held-out file, and draw 24 of its answers.
+
+    Args:
+        data: What `load_data` returns, of image files.
+        classify: Given the files' content, returns the class and the score of each.
+        directory: Gets `predictions.png`, and `images` with the files that it shows:
+            all that were answered wrongly, then the first ones.
+
+    Returns:
+        Accuracy, and the path of the picture.
+    """
+    examples = list(data.stream("validation").as_numpy_iterator())
+    files = [data.read(handle) for handle, _ in examples]
+    files = [x if isinstance(x, bytes) else x.numpy() for x in files]
+    truth = [data.labels[label] for _, label in examples]
+    answers = classify(files)
+
+    folder = directory / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    wrong = [i for i, (name, _) in enumerate(answers) if name != truth[i]]
+    right = [i for i in range(len(files)) if i not in wrong]
+    shown = [*right[: max(0, 24 - len(wrong))], *wrong][:24]
+    paths = [folder / f"{i:03d}_is_{truth[i]}.png" for i in shown]
+    for path, i in zip(paths, shown, strict=True):
+        path.write_bytes(files[i])
+    picture = directory / "predictions.png"
+    draw_answers(paths, [(*answers[i], truth[i]) for i in shown], picture)
+    return 1 - len(wrong) / len(files), picture
 
 
 def draw_segmentation(

@@ -159,6 +159,8 @@ def mix(
     seed: tf.Tensor,
     mixup: float = 0.0,
     cutmix: float = 0.0,
+    mix_probability: float = 1.0,
+    cutmix_probability: float = 0.5,
 ) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
     """Mix each image and its targets with those of another image of the batch.
 
@@ -181,22 +183,33 @@ def mix(
         targets: By name; of images `(B, C)`, of tokens `(B, h, w, C)`.
         seed: int64 `(2,)`.
         mixup: a of MixUp; 0 for none.
-        cutmix: a of CutMix; 0 for none. Where both are given each has probability 1/2.
+        cutmix: a of CutMix; 0 for none.
+        mix_probability: How often a batch is mixed at all.
+        cutmix_probability: Where both are given, how often a mixed batch is cut.
 
     Returns:
         Images and targets of the same shapes.
 
     Raises:
-        ValueError: If one of both is negative.
+        ValueError: If one of both is negative, or a probability is not in 0..1.
     """
     if min(mixup, cutmix) < 0:
         raise ValueError(
             f"mixup and cutmix must not be negative, got {mixup} and {cutmix}."
         )
-    if not mixup and not cutmix:
+    chances = mix_probability, cutmix_probability
+    if not (0 <= min(chances) and max(chances) <= 1):
+        raise ValueError(
+            "mix_probability and cutmix_probability must be in 0..1, got "
+            f"{mix_probability} and {cutmix_probability}."
+        )
+    if not (mixup or cutmix) or not mix_probability:
         return images, targets
-    size = tf.shape(images)[1:3]
-    share = _partners_share(size, tf.random.fold_in(seed, MIX), mixup, cutmix)
+    if not (mixup and cutmix):
+        cutmix_probability = float(cutmix > 0)
+    size, seed = tf.shape(images)[1:3], tf.random.fold_in(seed, MIX)
+    amounts = mixup, cutmix, mix_probability, cutmix_probability
+    share = _partners_share(size, seed, *amounts)
 
     def mixed(x):
         is_grid = x.shape.rank == 4
@@ -206,18 +219,19 @@ def mix(
     return mixed(images), {name: mixed(x) for name, x in targets.items()}
 
 
-def _partners_share(size, seed, mixup, cutmix):
+def _partners_share(size, seed, mixup, cutmix, mix_probability, cutmix_probability):
     """Draw a mix for images of `size` (H, W).
 
     Returns a function: from the size `(h, w)` of a grid over the image to the part of
     each of its cells that comes from the partner, float32 `(h, w)`.
     """
     seeds = tf.unstack(tf.random.split(seed, 3))
-    chance = 0.5 if mixup and cutmix else float(cutmix > 0)
-    cuts = tf.random.stateless_uniform((), seeds[0]) < chance
+    mixes, cuts = tf.unstack(tf.random.stateless_uniform((2,), seeds[0]))
+    mixes, cuts = mixes < mix_probability, cuts < cutmix_probability
     alpha = tf.where(cuts, float(cutmix), float(mixup))
     gammas = tf.random.stateless_gamma((2,), seeds[1], alpha)
     kept = tf.math.divide_no_nan(gammas[0], tf.reduce_sum(gammas))  # Beta: lambda
+    kept = tf.where(mixes, kept, 1.0)
 
     size = tf.cast(size, tf.float32)
     centre = tf.floor(tf.random.stateless_uniform((2,), seeds[2]) * size)

@@ -1,7 +1,7 @@
 """What a model is trained for: a class an image, one for each pixel, or for each token.
 
 The rank of the model's output decides between the first two: logits `(B, C)` or
-`(B, H, W, C)`; token labeling is asked for by the recipe.
+`(B, H, W, C)`; token labeling, and a teacher of the first, are asked for by the recipe.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from keras import ops
 import keras_vit
 from keras_vit.embedding import Preprocess
 from training.data import Dataset
-from training.loss import SoftAccuracy, SoftCrossEntropy, TokenLabelingLoss
+from training.distillation import Distillation, read_teacher
+from training.loss import SoftAccuracy, TokenLabelingLoss, classification_loss
 from training.recipe import Recipe
 from training.token_labeling import TokenLabeling
 
@@ -42,7 +43,9 @@ def is_segmentation(model: keras.Model) -> bool:
     return len(model.output_shape) == 4
 
 
-def objective(model: keras.Model) -> tuple[keras.Loss, list[keras.Metric]]:
+def objective(
+    model: keras.Model, loss: str = "softmax"
+) -> tuple[keras.Loss, list[keras.Metric]]:
     """Cross-entropy and metrics for a model of logits.
 
     A classifier is told its accuracy; its labels are classes or probabilities. A model
@@ -50,10 +53,19 @@ def objective(model: keras.Model) -> tuple[keras.Loss, list[keras.Metric]]:
     classes of intersection / union, classes that neither truth nor prediction has left
     out. There pixels of class 255 count nowhere, and the loss is the mean over all
     others of a batch.
+
+    Args:
+        model: With logits `(B, C)` or `(B, H, W, C)`.
+        loss: Which cross-entropy of a classifier, as `Recipe.loss` says.
+
+    Raises:
+        ValueError: If the loss is unknown, or not the softmax and there are pixels.
     """
     if not is_segmentation(model):
-        return SoftCrossEntropy(), [SoftAccuracy(name="accuracy")]
-    loss = keras.losses.SparseCategoricalCrossentropy(
+        return classification_loss(loss), [SoftAccuracy(name="accuracy")]
+    if loss != "softmax":
+        raise ValueError(f"loss must be 'softmax' for logits of pixels, got {loss!r}.")
+    of_pixels = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, ignore_class=IGNORED
     )
     mean_iou = keras.metrics.MeanIoU(
@@ -62,15 +74,32 @@ def objective(model: keras.Model) -> tuple[keras.Loss, list[keras.Metric]]:
         sparse_y_pred=False,
         name="mean_iou",
     )
-    return loss, [PixelAccuracy(name="accuracy"), mean_iou]
+    return of_pixels, [PixelAccuracy(name="accuracy"), mean_iou]
 
 
 def trainer(network: keras.Model, recipe: Recipe) -> keras.Model:
-    """What `fit` is called on: the network, or a `TokenLabeling` around it.
+    """What `fit` is called on: the network, or what trains it in a way of its own.
+
+    Returns:
+        The network, or a `TokenLabeling` or a `Distillation` around it.
 
     Raises:
-        ValueError: If the recipe labels tokens and the network has none to label.
+        FileNotFoundError: If there is no such teacher.
+        ValueError: If the recipe labels tokens and the network has none to label, or it
+            has no teacher or one that does not fit.
     """
+    if recipe.teaching is not None:
+        how = recipe.teaching
+        if how.teacher is None:
+            recipe.check_complete()  # which says so
+        return Distillation(
+            network,
+            read_teacher(how.teacher),
+            recipe.loss,
+            how.distillation,
+            how.distillation_weight,
+            how.temperature,
+        )
     how = recipe.token_labeling
     if how is None:
         return network
@@ -81,7 +110,21 @@ def trainer(network: keras.Model, recipe: Recipe) -> keras.Model:
 
 def network_of(model: keras.Model) -> keras.Model:
     """The network inside of what `trainer` returns."""
-    return model.network if isinstance(model, TokenLabeling) else model
+    own = isinstance(model, TokenLabeling | Distillation)
+    return model.network if own else model
+
+
+def has_own_loss(model: keras.Model) -> bool:
+    """Whether loss and metrics are those of a trainer around the network."""
+    return network_of(model) is not model
+
+
+def run_variables(model: keras.Model) -> list:
+    """What of a model a run keeps: every variable that is not a teacher's."""
+    if not isinstance(model, Distillation):
+        return model.variables
+    others = {id(variable) for variable in model.teacher.variables}
+    return [variable for variable in model.variables if id(variable) not in others]
 
 
 def token_grid(

@@ -53,6 +53,7 @@ class TokenLabeling(keras.Model):
 
     def __init__(self, network, loss=None, mix=None, **kwargs):
         super().__init__(**kwargs)
+        self.autocast = False  # pixels reach the network as they are
         for name, value, kind in (
             ("loss", loss, TokenLabelingLoss),
             ("mix", mix, MixToken),

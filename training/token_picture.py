@@ -9,9 +9,47 @@ import tensorflow as tf
 from keras_vit import MixToken
 from training.batches import training_batches
 from training.data import Dataset, subset
-from training.picture import colours
+from training.picture import colours, draw_segmentation
 from training.targets import mix
-from training.task import check_fits, preprocess_for
+from training.task import check_fits, is_segmentation, preprocess_for
+
+
+def check_drawable(network: keras.Model, data: Dataset) -> None:
+    """Refuse a model whose answers `draw` has no picture of.
+
+    Raises:
+        ValueError: If it answers once an image, or for tokens and the data have no
+            label maps.
+    """
+    if is_segmentation(network):
+        return
+    if not _has_token_head(network):
+        raise ValueError(
+            "A picture is made of models that answer for each pixel or each token; "
+            "this model gives one answer an image."
+        )
+    if data.label_maps is None:
+        raise ValueError(
+            f"A picture of tokens needs label maps, {data.name!r} has none; make some "
+            "with keras-vit annotate and give them as --labels."
+        )
+
+
+def draw(
+    network: keras.Model,
+    data: Dataset,
+    path: str | Path,
+    image_size: tuple[int, int] | None = None,
+) -> None:
+    """Write the picture of a model: `draw_segmentation` or `draw_tokens`."""
+    if is_segmentation(network):
+        draw_segmentation(network, data, path, image_size)
+    else:
+        draw_tokens(network, data, path)
+
+
+def _has_token_head(network):
+    return "token_head" in [layer.name for layer in network.layers]
 
 
 def draw_tokens(
@@ -33,16 +71,12 @@ def draw_tokens(
         ValueError: If the network has no token head or does not fit the data, or the
             data have no label maps.
     """
-    if "token_head" not in [layer.name for layer in network.layers]:
+    if not _has_token_head(network):
         raise ValueError(
             "A picture of tokens is made of a model with a token head, such as LVViT "
             f"with token_weight > 0; {network.name!r} has none."
         )
-    if data.label_maps is None:
-        raise ValueError(
-            f"A picture of tokens needs label maps, {data.name!r} has none; make some "
-            "with keras-vit annotate."
-        )
+    check_drawable(network, data)
     check_fits(network, data)
     preprocess = preprocess_for(network, data)
     patch_size = network.get_layer("patches").patch_size
