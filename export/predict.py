@@ -2,14 +2,15 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from export.runtime import Runtime
-from export.session import StatusError, strings
+from export.session import strings
+from export.versions import versions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
 
@@ -39,7 +40,7 @@ def predict_files(
     """
     manifest = Path(directory) / "assets.extra" / "manifest.json"
     with Runtime(directory) as runtime:
-        outputs = runtime.signatures["image_bytes"]["outputs"]
+        outputs = runtime.signatures["serving_default"]["outputs"]
         if label_maps is not None and "label_map_bytes" not in outputs:
             raise ValueError(
                 f"{directory} must answer with label maps for them to be saved, it "
@@ -47,22 +48,38 @@ def predict_files(
             )
         for file in tqdm(files, unit=" images", disable=len(files) < 10):
             data = strings([file.read_bytes()])
-            try:
-                answer = runtime.run("image_bytes", image_bytes=data)
-            except StatusError as error:
-                if error.code != "INVALID_ARGUMENT":
-                    raise
+            answer = runtime.run("serving_default", image_bytes=data)
+            if not answer["valid"][0]:
                 yield file, None
                 continue
-            if "classes" in answer:
-                yield file, _best(answer, top)
-                continue
-            png = bytes(answer["label_map_bytes"][0])
-            if label_maps is not None:
-                folder = Path(label_maps)
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{file.stem}_labels.png").write_bytes(png)
-            yield file, _shares(png, json.loads(manifest.read_text())["labels"], top)
+            labels = json.loads(manifest.read_text())["labels"]
+            yield file, in_words(file, answer, top, label_maps, labels)
+
+
+def in_words(
+    file: Path,
+    answer: Mapping[str, np.ndarray],
+    top: int,
+    label_maps: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+) -> list[str]:
+    """The best classes of one file with their scores, or the largest with their share.
+
+    Args:
+        file: The file, after which a label map is named.
+        answer: What the model says of it, one row.
+        top: Number of classes to name.
+        label_maps: Folder for a label map; None for none.
+        labels: Name of each class of a label map; None for numbers.
+    """
+    if "classes" in answer:
+        return _best(answer, top)
+    png = bytes(answer["label_map_bytes"][0])
+    if label_maps is not None:
+        folder = Path(label_maps)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{file.stem}_labels.png").write_bytes(png)
+    return _shares(png, labels or [f"class {i}" for i in range(2**16)], top)
 
 
 def classify_files(
@@ -85,7 +102,7 @@ def classify_files(
     with Runtime(directory) as runtime:
         for start in tqdm(range(0, len(files), batch_size), unit=" batches"):
             batch = strings(files[start : start + batch_size])
-            answer = runtime.run("image_bytes", image_bytes=batch)
+            answer = runtime.run("strict", image_bytes=batch)
             names = [name.decode() for name in answer["classes"][:, 0]]
             answers += zip(names, answer["scores"][:, 0].tolist(), strict=True)
     return answers
@@ -99,14 +116,13 @@ def newest_version(directory: Path) -> Path:
     """
     if (directory / "saved_model.pb").is_file():
         return directory
-    names = [x.name for x in directory.iterdir()] if directory.is_dir() else []
-    numbers = [name for name in names if name.isdigit()]
-    if not numbers:
+    found = versions(directory)
+    if not found:
         raise FileNotFoundError(
             f"{directory} must be an exported version (with saved_model.pb) or a "
             "folder of versions."
         )
-    return directory / max(numbers, key=int)
+    return found[-1].path
 
 
 def image_files(path: Path) -> list[Path]:

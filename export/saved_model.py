@@ -9,11 +9,9 @@ server looks for.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +19,12 @@ import keras
 from tqdm.auto import tqdm
 
 import keras_vit
-from export.verify import Report, reference_images, sampled, verify
+from export.bundle import served_name, write_bundle
+from export.checks import reference_images, sampled
+from export.verify import Report, verify
+from export.versions import publish, staging, versions
 from keras_vit.embedding import Preprocess
+from keras_vit.head import class_labels
 from keras_vit.model_file import read_model
 
 STAGES = ("save", "rebuild", "trace", "write", "verify", "publish")
@@ -40,28 +42,29 @@ def export_saved_model(
     *,
     version: int | None = None,
     top_k: int = 5,
+    max_pixels: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Export a model as `<directory>/<version>/` for TensorFlow Serving.
 
-    Signatures of a classifier: `image_bytes` (also `serving_default`): encoded images
-    `(N,)` of any size to `probabilities` `(N, C)`, `classes` `(N, k)` and `scores`
-    `(N, k)`; `images`: raw pixels `(N, H, W, 3)`, float32 of 0..255, to `logits` and
-    `probabilities` `(N, C)`. Files are decoded, resized and cropped as the model
-    records it.
-
-    Of a model of a class for every pixel (`SemanticFPN`): `image_bytes` to
-    `label_map_bytes` `(N,)`, for each file a one-channel PNG of its own size whose
-    pixels are class numbers; `images` to `label_map`, int32 `(N, H, W)`; `logits`: the
-    same pixels to `logits` `(N, H, W, C)`. A model of any size sees a file as it is;
-    one of fixed size sees it resized, never cropped, and its logits are resized back.
+    A client asks for probabilities and best classes of encoded files (`serving_default`
+    and `strict`) or of raw pixels (`images`, `images_uint8`), for `features`,
+    `feature_maps`, or by the Classify API; of a model of a class for every pixel
+    (`SemanticFPN`) for label maps of the size of the file. `export.signatures` lists
+    what each takes and gives. Files are decoded, turned, resized and cropped as the
+    model records it. A model of label maps of any size sees a file as it is; one of
+    fixed size sees it resized, never cropped, and its logits are resized back.
 
     Args:
         model_or_file: A model of this package, or a `.keras` file of one; any backend.
         directory: Folder of the model's versions, the `base_path` of the server.
-        labels: Name of each class; None for "0", "1", ...
+        labels: Name of each class; None for those that the model carries
+            (`ViT(labels=...)`), or else "0", "1", ...
         version: Number of the version; None for the next one.
-        top_k: Number of best classes that `image_bytes` names, at most C.
+        top_k: Number of best classes that are named, C at most.
+        max_pixels: The most pixels of a file; a larger one is not decoded. None for
+            2^26, of a model of label maps 2^22, or 2^20 where it sees files as they
+            are.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -75,46 +78,48 @@ def export_saved_model(
         RuntimeError: If the child process fails.
     """
     directory = Path(directory)
-    if version is not None and (version < 0 or (directory / str(version)).exists()):
+    taken = [x.number for x in versions(directory)]
+    if version is not None and (version < 0 or version in taken):
         raise FileExistsError(
-            f"version must be a new number; {directory} has {_versions(directory)}, "
-            f"got {version}."
+            f"version must be a new number; {directory} has {taken}, got {version}."
         )
     model = model_or_file
     if not isinstance(model, keras.Model):
         model = read_model(model_or_file)
-    labels = _labels(model, labels)
-    directory.mkdir(parents=True, exist_ok=True)
-    # A name that is not a number is invisible to the server.
-    target = directory.resolve() / f".exporting-{uuid.uuid4().hex}"
+    labels = labels_of(model, labels)
     bar = tqdm(total=len(STAGES), unit=" stages", disable=not progress)
-    try:
-        with tempfile.TemporaryDirectory() as scratch, bar:
-            bar.set_description(STAGES[0])
-            job = _prepare(model, Path(scratch), target, labels, top_k)
-            _run_worker(job, bar)
-            bar.set_description("verify")
-            report = verify(target, progress=False)
-            if not report.ok:
-                raise ValueError(f"The artifact does not pass verify:\n{report}")
-            _record(target, report)
-            bar.update()
-            bar.set_description("publish")
-            published = _publish(target, directory, version)
-            bar.update()
-            bar.set_description("exported")
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
+    with staging(directory) as target, tempfile.TemporaryDirectory() as scratch, bar:
+        bar.set_description(STAGES[0])
+        job = prepare(model, Path(scratch), target, labels, top_k, max_pixels)
+        run_worker(job, bar)
+        bar.set_description("verify")
+        report = verify(target, progress=False)
+        if not report.ok:
+            raise ValueError(f"The artifact does not pass verify:\n{report}")
+        _record(target, report)
+        bar.update()
+        bar.set_description("publish")
+        published = publish(target, directory, version)
+        manifest = json.loads(
+            (published / "assets.extra" / "manifest.json").read_text()
+        )
+        write_bundle(
+            directory, served_name(directory), manifest, manifest["signatures"]
+        )
+        bar.update()
+        bar.set_description("exported")
     return published
 
 
-def _labels(model, labels):
+def labels_of(model, labels):
     shape = model.output_shape
     if not isinstance(shape, tuple) or len(shape) not in (2, 4):
         raise ValueError(
             f"The model must give logits (N, C) or (N, H, W, C), got {shape}."
         )
-    labels = [str(i) for i in range(shape[-1])] if labels is None else list(labels)
+    if labels is None:
+        labels = class_labels(model) or map(str, range(shape[-1]))
+    labels = list(labels)
     if len(labels) != shape[-1]:
         raise ValueError(
             f"labels must name the model's {shape[-1]} classes, got {len(labels)}."
@@ -122,7 +127,7 @@ def _labels(model, labels):
     return labels
 
 
-def _prepare(model, scratch, target, labels, top_k):
+def prepare(model, scratch, target, labels, top_k=1, max_pixels=None):
     """Save the model and its reference logits; return what the worker must know."""
     plain = keras.Model(model.input, model.output, name=model.name)
     plain.save(scratch / "model.keras")
@@ -131,7 +136,7 @@ def _prepare(model, scratch, target, labels, top_k):
     if len(model.output_shape) == 4:  # one image, some thousand of its pixels
         reference |= {"shape": [1, height, width, 3], "step": -(-width // 32)}
     images = reference_images(reference["seed"], reference["shape"]).astype("float32")
-    logits = sampled(_logits_on_cpu(model, images), reference)
+    logits = sampled(logits_on_cpu(model, images), reference)
     dtypes = {layer.compute_dtype for layer in model.layers}
     half = [x for x in ("float16", "bfloat16") if x in dtypes]
     return {
@@ -139,6 +144,7 @@ def _prepare(model, scratch, target, labels, top_k):
         "target": str(target),
         "labels": labels,
         "top_k": min(top_k, len(labels)),
+        "max_pixels": max_pixels,
         "tolerance": TOLERANCES[half[0] if half else "float32"],
         "reference": {**reference, "logits": logits.tolist()},
         "trained_with": keras.backend.backend(),
@@ -146,7 +152,7 @@ def _prepare(model, scratch, target, labels, top_k):
     }
 
 
-def _logits_on_cpu(model, images):
+def logits_on_cpu(model, images):
     """Logits by the backend of this process, computed on the CPU."""
     weights = [
         [keras.ops.convert_to_numpy(v) for v in variables]
@@ -163,7 +169,7 @@ def _logits_on_cpu(model, images):
     return keras.ops.convert_to_numpy(logits)
 
 
-def _run_worker(job, bar):
+def run_worker(job, bar, module="export.worker"):
     path = Path(job["scratch"]) / "job.json"
     path.write_text(json.dumps(job))
     root = str(Path(keras_vit.__file__).parent.parent)
@@ -178,7 +184,7 @@ def _run_worker(job, bar):
     }
     with tempfile.TemporaryFile("w+") as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "export.worker", str(path)],
+            [sys.executable, "-m", module, str(path)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -206,28 +212,3 @@ def _run_worker(job, bar):
 def _record(target: Path, report: Report) -> None:
     path = target / "assets.extra" / "report.json"
     path.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-
-
-def _versions(directory: Path) -> list[int]:
-    """Numbers of the versions in a folder, as the server reads them."""
-    names = [x.name for x in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
-
-
-def _publish(target: Path, directory: Path, version: int | None) -> Path:
-    for path in [*sorted(target.rglob("*")), target]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    while True:
-        number = version
-        if number is None:
-            number = max(_versions(directory), default=0) + 1
-        try:
-            os.rename(target, directory / str(number))  # fails on an existing version
-            return directory / str(number)
-        except OSError as error:
-            if version is not None or not (directory / str(number)).exists():
-                raise FileExistsError(
-                    f"{directory / str(number)} could not be published: {error}."
-                ) from error

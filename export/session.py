@@ -16,7 +16,7 @@ import os
 import struct
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +123,10 @@ class _Session:
     STRING_SIZE = 24  # sizeof(TF_TString)
 
     def __init__(self, directory: str):
-        folder = importlib.util.find_spec("tensorflow").submodule_search_locations[0]
+        package = importlib.util.find_spec("tensorflow")
+        if package is None:
+            raise ModuleNotFoundError(f"{sys.executable} has no TensorFlow.")
+        folder = package.submodule_search_locations[0]
         self.tf = _library(folder)
         self.status = ctypes.c_void_p(self.tf.TF_NewStatus())
         self.graph = ctypes.c_void_p(self.tf.TF_NewGraph())
@@ -240,7 +243,7 @@ def _library(folder: str) -> ctypes.CDLL:
     )
     for name in pointers.split():
         getattr(library, f"TF_{name}").restype = ctypes.c_void_p
-    library.TF_Message.restype = ctypes.c_char_p
+    library.TF_Message.restype = library.TF_Version.restype = ctypes.c_char_p
     library.TF_Dim.restype = ctypes.c_int64
     library.TF_TensorByteSize.restype = ctypes.c_size_t
     library.TF_StringGetSize.restype = ctypes.c_size_t
@@ -269,11 +272,20 @@ def _describe(folder: str, data: bytes) -> tuple[dict, list[str]]:
 
     meta = meta_graph_pb2.MetaGraphDef.FromString(data)
 
-    def describe(infos):
+    signatures = described(meta.signature_def, types_pb2.DataType.Name)
+    functions = meta.graph_def.library.function
+    nodes = [*meta.graph_def.node, *(x for f in functions for x in f.node_def)]
+    return signatures, sorted({node.op for node in nodes})
+
+
+def described(signatures: Mapping, dtype_name: Callable[[int], str]) -> dict[str, dict]:
+    """SignatureDef messages in the form of `Runtime.signatures`."""
+
+    def tensors(infos):
         return {
             key: {
                 "tensor": info.name,
-                "dtype": types_pb2.DataType.Name(info.dtype),
+                "dtype": dtype_name(info.dtype),
                 "shape": None
                 if info.tensor_shape.unknown_rank
                 else [dim.size for dim in info.tensor_shape.dim],
@@ -281,14 +293,11 @@ def _describe(folder: str, data: bytes) -> tuple[dict, list[str]]:
             for key, info in sorted(infos.items())
         }
 
-    signatures = {
-        name: {"inputs": describe(x.inputs), "outputs": describe(x.outputs)}
-        for name, x in sorted(meta.signature_def.items())
+    return {
+        name: {"inputs": tensors(x.inputs), "outputs": tensors(x.outputs)}
+        for name, x in sorted(signatures.items())
         if not name.startswith("__")
     }
-    functions = meta.graph_def.library.function
-    nodes = [*meta.graph_def.node, *(x for f in functions for x in f.node_def)]
-    return signatures, sorted({node.op for node in nodes})
 
 
 def main(directory: str) -> None:
@@ -300,7 +309,9 @@ def main(directory: str) -> None:
     except StatusError as error:
         send(stdout, {"error": [error.code, error.message]}, {})
         return
-    send(stdout, {"signatures": session.signatures, "ops": session.ops}, {})
+    version = session.tf.TF_Version().decode()
+    told = {"signatures": session.signatures, "ops": session.ops}
+    send(stdout, {**told, "tensorflow": version}, {})
     while True:
         try:
             header, inputs = receive(stdin)

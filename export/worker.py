@@ -17,31 +17,25 @@ import numpy as np
 import tensorflow as tf
 
 import keras_vit
-from export.signatures import Servable, signatures
-from export.verify import reference_images, sampled
+from export.bundle import BATCH_SIZES, complete
+from export.checks import reference_images, sampled, write_checksums
+from export.signatures import Contract, Functions, Servable, signatures
 from keras_vit.embedding import Preprocess
+
+NAMES = {tf.float32: "FLOAT"}
 
 
 def main(path: str) -> None:
     job = json.loads(Path(path).read_text())
-    say(next="rebuild")
-    model = keras.saving.load_model(job["model"], compile=False)
+    model = rebuild(job)
+    if model is None:
+        return
     preprocess = Preprocess.of_model(model)
     reference = job["reference"]
-    images = reference_images(reference["seed"], reference["shape"])
-    logits = sampled(model(images.astype("float32"), training=False).numpy(), reference)
-    expected = np.asarray(reference["logits"])
-    bound = job["tolerance"] * max(1.0, np.abs(expected).max())
-    difference = np.abs(logits - expected).max()
-    if not difference <= bound:
-        say(
-            problem=f"The model rebuilt in TensorFlow must give the logits of "
-            f"{job['trained_with']} within {bound:.3g}, got {difference:.3g}."
-        )
-        return
     say(next="trace")
     servable = Servable(model)
-    functions = signatures(model, preprocess, job["labels"], job["top_k"])
+    contract = Contract(preprocess, job["labels"], job["top_k"], job["max_pixels"])
+    functions = signatures(model, contract)
     say(next="write")
     target = Path(job["target"])
     tf.saved_model.save(servable, str(target), functions)
@@ -56,10 +50,13 @@ def main(path: str) -> None:
             "crop_ratio": preprocess.crop_ratio,
             "interpolation": preprocess.interpolation,
         },
+        "batch_sizes": BATCH_SIZES[: 4 if len(model.output_shape) == 4 else None],
+        "max_pixels": contract.pixels_of(model),
+        "signatures": contracts(functions),
         "weight_bytes": sum(int(np.prod(v.shape)) * 4 for v in model.weights),
         "tolerance": job["tolerance"],
         "reference": reference,
-        "reference_file": reference_file(functions["image_bytes"]),
+        "reference_file": reference_file(functions["serving_default"]),
         "trained_with": job["trained_with"],
         "versions": {
             "python": platform.python_version(),
@@ -70,7 +67,49 @@ def main(path: str) -> None:
         },
     }
     (extra / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    complete(target, manifest, manifest["signatures"])
+    write_checksums(target)
     say(next="verify")
+
+
+def contracts(functions: Functions) -> dict:
+    """Names, dtypes and shapes of what signatures take and give, as a server does."""
+
+    def side(specs):
+        return {
+            key: {
+                "dtype": f"DT_{NAMES.get(x.dtype, x.dtype.name.upper())}",
+                "shape": [-1, *(-1 if n is None else n for n in x.shape[1:])],
+            }
+            for key, x in sorted(specs.items())
+        }
+
+    return {
+        name: {
+            "inputs": side({x.name: x for x in function.structured_input_signature[0]}),
+            "outputs": side(function.structured_outputs),
+        }
+        for name, function in sorted(functions.items())
+    }
+
+
+def rebuild(job: dict) -> keras.Model | None:
+    """The model in TensorFlow; None, said as a problem, where it answers otherwise."""
+    say(next="rebuild")
+    model = keras.saving.load_model(job["model"], compile=False)
+    reference = job["reference"]
+    images = reference_images(reference["seed"], reference["shape"])
+    logits = sampled(model(images.astype("float32"), training=False).numpy(), reference)
+    expected = np.asarray(reference["logits"])
+    bound = job["tolerance"] * max(1.0, np.abs(expected).max())
+    difference = np.abs(logits - expected).max()
+    if difference <= bound:
+        return model
+    say(
+        problem=f"The model rebuilt in TensorFlow must give the logits of "
+        f"{job['trained_with']} within {bound:.3g}, got {difference:.3g}."
+    )
+    return None
 
 
 def reference_file(answer) -> dict:

@@ -31,6 +31,8 @@ def softmax(x):
 def gelu(x, form="exact"):
     if form == "exact":
         return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    if form == "quick":
+        return x / (1 + np.exp(-1.702 * x))
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -3,7 +3,8 @@
 `pytest` runs the backend of KERAS_BACKEND in its own process; a process of Keras has
 one. The children work beside it: they are started first and asked last. Only what is
 backend-agnostic runs again: the library, the fit loop, losses and metrics, the
-optimizer, and the export of a model of that backend.
+optimizer, and the export of a model of that backend. What is marked `first` runs again
+on PyTorch with the slow tests, and not on JAX, which compiles each operation.
 """
 
 import importlib.util
@@ -18,18 +19,38 @@ import pytest
 
 TESTS = Path(__file__).parent
 LIBRARY = sorted((TESTS.parent / "keras_vit").glob("[a-z]*.py"))
-OTHER_NAMES = ("package", "optimize", "loop", "task", "loss", "token_labeling", "dense")
+OTHER_NAMES = (
+    "package",
+    "optimize",
+    "loop",
+    "checkpoints",
+    "average",
+    "state",
+    "progress",
+    "events",
+    "evaluation",
+    "distillation",
+    "task",
+    "loss",
+    "token_labeling",
+    "dense",
+    "checkpoint_timm",
+    "checkpoint_hf",
+)
 FILES = [
     path
     for name in [*(module.stem for module in LIBRARY), *OTHER_NAMES]
     if (path := TESTS / f"test_{name}.py").exists()
 ]
 EXPORT = TESTS / "test_export.py"
+TARGETS = TESTS / "test_export_targets.py"
 PARITY = f"{EXPORT}::test_one_cpvt_artifact_answers_every_size"
 SLOW = (
-    f"{EXPORT}::test_every_position_is_exported",
+    f"{EXPORT}::test_a_position_within_the_attention_is_exported",
     f"{EXPORT}::test_both_heads_of_an_lvvit_are_exported",
+    f"{TARGETS}::test_every_target_is_written_from_any_backend[.tflite]",
 )
+QUICK = "not (slow or heavy or first)"
 OTHERS = [
     name
     for name in ("tensorflow", "jax", "torch")
@@ -43,17 +64,24 @@ one_backend = pytest.mark.skipif(
 )
 
 
-def start(backend, marks, *tests):
-    """Run the tests in a child process, by the side of those of this one."""
+def start(backend, cache, marks, *tests):
+    """Run the tests in a child process, by the side of those of this one.
+
+    What JAX compiled is kept in `cache`: the slow tests compile half of it again.
+    """
     log = tempfile.TemporaryFile("w+")
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,
         "KERAS_VIT_ONE_BACKEND": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of code that runs once
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "OMP_NUM_THREADS": "1",  # PyTorch's threads wait for each other by spinning
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks]
+    command.append("-n0")
     child = subprocess.Popen(
         [*command, *map(str, tests)],
         cwd=TESTS.parent,
@@ -74,19 +102,32 @@ def finish(child, log):
 
 
 @pytest.fixture(scope="session")
-def children():
+def children(cache):
     """The quick tests on every other backend."""
-    yield from running("not slow and not heavy", *FILES, PARITY)
+    yield from running(cache, dict.fromkeys(OTHERS, QUICK), *FILES, PARITY)
 
 
 @pytest.fixture(scope="session")
-def slow_children():
+def slow_children(cache):
     """The others."""
-    yield from running("slow or heavy", *FILES, *SLOW)
+    marks = dict.fromkeys(OTHERS, f"not ({QUICK})")
+    if "jax" in marks:
+        marks["jax"] = "(slow or heavy) and not first"
+    yield from running(cache, marks, *FILES, *SLOW)
 
 
-def running(marks, *tests):
-    started = {backend: start(backend, marks, *tests) for backend in OTHERS}
+@pytest.fixture(scope="session")
+def cache(pytestconfig, tmp_path_factory):
+    """Where JAX finds what it compiled in an earlier run."""
+    cache = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
+    return cache.mkdir("jax") if cache else tmp_path_factory.mktemp("jax")
+
+
+def running(cache, marks, *tests):
+    started = {
+        backend: start(backend, cache, expression, *tests)
+        for backend, expression in marks.items()
+    }
     yield started
     for child, _ in started.values():
         child.kill()

@@ -63,5 +63,5 @@ def test_a_subset_keeps_each_map_with_its_image():
 def test_a_wrong_size_is_refused():
     with pytest.raises(ValueError, match=r"must be in 16\.\.256 pixels, got 15"):
         load_data("placed_digits:15")
-    with pytest.raises(ValueError, match="'tfds:NAME' or 'folder:PATH', got"):
+    with pytest.raises(ValueError, match=r"'folder:PATH' or 'arrays:FILE\.npz', got"):
         load_data("placed_digits:large")

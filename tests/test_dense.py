@@ -3,7 +3,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from conftest import to_numpy
+from conftest import first, to_numpy
 from keras import layers
 
 from keras_vit import CPVT, PCPVT, LVViT, ViT
@@ -126,7 +126,7 @@ def test_the_tail_is_applied_at_each_place(options):
 @pytest.mark.parametrize(
     "name, pool, options",
     [
-        ("MobileNetV2", "global_average_pooling2d", {"alpha": 0.35}),
+        first("MobileNetV2", "global_average_pooling2d", {"alpha": 0.35}),
         ("MobileNetV3Small", "global_average_pooling2d", {}),
     ],
 )
@@ -294,6 +294,7 @@ def hidden_patches():
     return keras.Model(images, layers.Dense(4)(MeanPool(name="pool")(x)))
 
 
+@pytest.mark.first
 @pytest.mark.parametrize(
     "build, sentence",
     [
@@ -356,6 +357,7 @@ def test_an_annotator_normalises_for_a_teacher_that_does_not(tmp_path):
         load_annotator(tmp_path / "plain.keras", None, "caffe", None)
 
 
+@pytest.mark.first
 def test_an_annotator_needs_a_size_where_any_is_taken(tmp_path):
     network(size=(None, None)).save(tmp_path / "any.keras")
     network().save(tmp_path / "fixed.keras")
@@ -369,6 +371,7 @@ def test_an_annotator_needs_a_size_where_any_is_taken(tmp_path):
     load_annotator(tmp_path / "fixed.keras", None, None, SIZE)
 
 
+@pytest.mark.first
 def test_an_annotator_needs_a_whole_file(tmp_path):
     path = tmp_path / "teacher.keras"
     with pytest.raises(

@@ -15,6 +15,7 @@ def draw(*shape):
     "layer, shape, expected",
     [
         (PixelNormalization("imagenet"), (2, 5, 7, 3), (2, 5, 7, 3)),
+        (PixelNormalization([[0.1, 0.2, 0.3], (1, 2, 3)]), (2, 5, 7, 3), (2, 5, 7, 3)),
         (PatchEmbedding(6, patch_size=4), (2, 8, 12, 3), (2, 2, 3, 6)),
         (PrefixTokens(), (2, 2, 3, 5), (2, 7, 5)),
         (PrefixTokens(True, True, 4), (2, 2, 3, 5), (2, 12, 5)),
@@ -50,6 +51,12 @@ def test_a_dynamic_image_is_padded_right_and_bottom_to_whole_patches():
     [
         ("inception", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        (
+            "clip",  # openai/CLIP, clip/clip.py
+            (0.48145466, 0.4578275, 0.40821073),
+            (0.26862954, 0.26130258, 0.27577711),
+        ),
+        (((0.1, 0.2, 0.3), [0.4, 1, 0.6]), (0.1, 0.2, 0.3), (0.4, 1, 0.6)),
         (None, (0, 0, 0), (1 / 255,) * 3),
     ],
 )
@@ -84,6 +91,15 @@ def test_wrong_arguments_are_refused():
         PatchEmbedding(6, patch_size=5)(np.zeros((1, 8, 10, 3)))
     with pytest.raises(ValueError, match="normalization must be 'inception'"):
         PixelNormalization("imagnet")
+    for pair in ([], [(0, 0, 0)], [(0, 0), (1, 1)], (0.5, 0.5), 7):
+        with pytest.raises(ValueError, match=r"'clip', a pair .* three numbers each"):
+            PixelNormalization(pair)
+    for number in (float("nan"), float("inf"), "0.5", None):
+        with pytest.raises(ValueError, match="must be finite numbers, got"):
+            PixelNormalization([(0, 0, number), (1, 1, 1)])
+    for number in (0, -0.1):
+        with pytest.raises(ValueError, match=r"deviation .* must be positive, got"):
+            PixelNormalization([(0, 0, 0), (1, number, 1)])
     with pytest.raises(ValueError, match="3 channels, got 1"):
         PixelNormalization()(np.zeros((1, 8, 8, 1)))
     with pytest.raises(ValueError, match="crop_ratio must be in"):

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from test_data import write_images
 
+from keras_vit.model_file import replacing
 from training import load_data, open_labels, with_label_maps
-from training.files import replacing
 from training.labels import LabelStore, begin, finish
 
 COUNTS = {"cat": 12, "dog": 10}  # 20 to train on, 2 held out

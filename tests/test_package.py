@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import keras
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +35,7 @@ def test_import_needs_one_backend_and_nothing_else_of_ours():
     assert result.stdout.splitlines() == ["22050664", ""], result.stderr
 
 
+@pytest.mark.first
 def test_naming_training_does_not_load_its_loop():
     code = "import training, export, sys; assert 'training.loop' not in sys.modules"
     assert run(sys.executable, "-c", code).returncode == 0

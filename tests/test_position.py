@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from conftest import to_numpy
+from conftest import first, to_numpy
 
 from keras_vit import PEG, LearnedPosition, SinCosPosition, ViT
 from keras_vit.resampling import METHODS, resample
@@ -109,8 +109,10 @@ def test_sincos_is_the_equation(check_layer, dimensions):
 
 
 @pytest.mark.parametrize("padding", ["zeros", "circular", "none"])
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
-@pytest.mark.parametrize("num_prefix, sides", [(0, (4, 7)), (2, (5, 5)), (1, (1, 2))])
+@pytest.mark.parametrize("kernel_size", [first(1), 3, first(5)])
+@pytest.mark.parametrize(
+    "num_prefix, sides", [first(0, (4, 7)), (2, (5, 5)), first(1, (1, 2))]
+)
 def test_peg_is_the_equation(check_layer, padding, kernel_size, num_prefix, sides):
     length = num_prefix + sides[0] * sides[1]
     tokens, grid = draw(2, length, 3), draw(2, *sides, 3)

@@ -2,16 +2,22 @@
 
 import io
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import to_numpy
 from PIL import Image
-from test_export import draw, flip, png
+from test_export import draw, png
+from test_verify import flip
 
 from export import Runtime, StatusError, export_saved_model, verify
 from export.predict import predict_files
 from export.session import strings
+from export.signatures import Contract, Servable, signatures
 from keras_vit import PCPVT, SemanticFPN, ViT
+from keras_vit.embedding import Preprocess
+from keras_vit.vit import POSITIONS
 
 
 def build(**kwargs):
@@ -31,7 +37,7 @@ def artifact(model, tmp_path_factory):
     return export_saved_model(model, folder, list("abcde"), progress=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runtime(artifact):
     with Runtime(artifact) as runtime:
         yield runtime
@@ -55,7 +61,7 @@ def test_the_label_map_has_the_size_of_the_input(model, runtime, size):
 
 def test_files_of_different_sizes_are_answered_with_maps_of_their_sizes(runtime):
     files = [png(40, 56), png(64, 64, 1), png(30, 21, 2)]
-    answer = runtime.run("image_bytes", image_bytes=strings(files))
+    answer = runtime.run("serving_default", image_bytes=strings(files))
     for file, data in zip(files, answer["label_map_bytes"], strict=True):
         pixels = decoded(file).astype("float32")
         label_map = runtime.run("images", images=pixels[None])["label_map"][0]
@@ -65,7 +71,7 @@ def test_files_of_different_sizes_are_answered_with_maps_of_their_sizes(runtime)
 def test_no_images_are_answered_with_no_maps(runtime):
     answer = runtime.run("images", images=draw(0, 64, 64, 3))
     assert answer["label_map"].shape == (0, 64, 64)
-    answer = runtime.run("image_bytes", image_bytes=strings([]))
+    answer = runtime.run("serving_default", image_bytes=strings([]))
     assert answer["label_map_bytes"].shape == (0,)
 
 
@@ -73,7 +79,7 @@ def test_verify_holds_and_a_flipped_weight_is_found(artifact):
     report = verify(artifact, progress=False)
     assert report.ok, report
     names = [check.name for check in report.checks]
-    assert "label map of a file" in names and "logits of rank 3" in names
+    assert "answer for a file" in names and "logits: hostile requests" in names
     data = artifact / "variables/variables.data-00000-of-00001"
     flip(data)
     try:
@@ -82,9 +88,16 @@ def test_verify_holds_and_a_flipped_weight_is_found(artifact):
         flip(data)
 
 
-def test_what_is_no_image_is_an_error_status(runtime):
-    with pytest.raises(StatusError, match="INVALID_ARGUMENT"):
-        runtime.run("image_bytes", image_bytes=strings([b"no image"]))
+def test_what_is_no_image_costs_its_row_or_is_an_error_status(runtime):
+    files = strings([b"no image", png(40, 56), png(40, 56)[:900], png(2000, 2000)])
+    answer = runtime.run("serving_default", image_bytes=files)
+    assert answer["valid"].tolist() == [False, True, False, False]
+    maps = answer["label_map_bytes"]
+    assert maps[0] == maps[2] == maps[3] == b""
+    assert decoded(maps[1]).shape == (40, 56)
+    for bad in (0, 2, 3):
+        with pytest.raises(StatusError, match="INVALID_ARGUMENT"):
+            runtime.run("strict", image_bytes=files[[1, bad]])
 
 
 def test_files_are_described_by_the_classes_of_their_pixels(artifact, tmp_path):
@@ -111,10 +124,30 @@ def test_a_fixed_size_answers_a_file_of_any_size_whole(tmp_path):
     file = png(64, 64)
     small = Image.open(io.BytesIO(file)).resize((32, 32), Image.Resampling.BICUBIC)
     with Runtime(artifact) as runtime:
-        data = runtime.run("image_bytes", image_bytes=strings([file, png(40, 50)]))
+        data = runtime.run("serving_default", image_bytes=strings([file, png(40, 50)]))
         maps = [decoded(x) for x in data["label_map_bytes"]]
     assert [x.shape for x in maps] == [(64, 64), (40, 50)]
     assert max(x.max() for x in maps) > 255
     logits = to_numpy(model(np.asarray(small, "float32")[None]))[0]
     agree = maps[0][::2, ::2] == logits.argmax(-1)  # not the same points: most agree
     assert agree.mean() > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="what is written is TensorFlow's, whatever backend has it",
+)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_position_is_served(tmp_path, position):
+    """As the worker writes it, without its process and its checks."""
+    sizes = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}
+    anywhere = {"image_size": None, "position_grid": (4, 4), "position": position}
+    model = ViT("deit_tiny", num_classes=4, **sizes, **anywhere)
+    contract = Contract(Preprocess.of_model(model), list("abcd"), 3)
+    functions = signatures(model, contract)
+    tf.saved_model.save(Servable(model), tmp_path, functions)
+    images = draw(2, 40, 24, 3)
+    with Runtime(tmp_path) as runtime:
+        logits = runtime.run("images", images=images)["logits"]
+    np.testing.assert_allclose(logits, to_numpy(model(images)), atol=2e-5)

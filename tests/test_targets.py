@@ -271,6 +271,30 @@ def test_with_both_each_has_probability_one_half():
     assert 0.42 < cut.mean() < 0.58
 
 
+def test_how_often_batches_are_mixed_and_cut_can_be_told():
+    kept, cut = lambdas(600, mixup=0.8, cutmix=1.0, cutmix_probability=0.2)
+    assert 0.14 < cut.mean() < 0.26
+    kept, _ = lambdas(600, (1, 1), mixup=3.0, mix_probability=0.3)
+    assert 0.64 < (kept == 1).mean() < 0.76  # the others are mixed
+    for alone in ({"mixup": 0.8}, {"cutmix": 1.0}):  # there is no other to go to
+        for probability in (0.0, 1.0):
+            _, cut = lambdas(60, **alone, cutmix_probability=probability)
+            assert cut.all() if "cutmix" in alone else not cut.any()
+
+
+def test_a_batch_that_is_not_mixed_stays_to_the_pixel():
+    images, targets = examples()
+    seen = set()
+    for i in range(20):
+        mixed, soft = mix(images, targets, SEED + i, 0.8, 1.0, mix_probability=0.5)
+        same = np.array_equal(soft["class"], targets["class"])
+        seen.add(same)
+        if same:
+            np.testing.assert_array_equal(mixed, images)
+            np.testing.assert_array_equal(soft["tokens"], targets["tokens"])
+    assert seen == {True, False}
+
+
 def test_without_either_nothing_is_mixed():
     images, targets = examples()
     mixed, soft = mix(images, targets, SEED)
@@ -300,6 +324,12 @@ def test_a_negative_amount_is_an_error():
     for amounts in ({"mixup": -0.1}, {"cutmix": -1.0}):
         with pytest.raises(ValueError, match="must not be negative, got"):
             mix(*examples(), SEED, **amounts)
+
+
+@pytest.mark.parametrize("name", ["mix_probability", "cutmix_probability"])
+def test_a_probability_must_be_one(name):
+    with pytest.raises(ValueError, match=r"must be in 0\.\.1, got"):
+        mix(*examples(), SEED, 0.8, 1.0, **{name: 1.2})
 
 
 def test_smoothing_keeps_the_sums_of_rows():

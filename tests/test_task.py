@@ -9,10 +9,13 @@ from test_data import few_scenes, tiny_segmenter, write_images
 import training
 from keras_vit import CPVT, ViT
 from keras_vit.embedding import Preprocess
+from training.loss import LOSSES
 from training.task import (
+    has_own_loss,
     network_of,
     objective,
     preprocess_for,
+    run_variables,
     token_grid,
     trainer,
 )
@@ -164,3 +167,57 @@ def test_a_model_without_tokens_cannot_have_them_labelled():
     recipe = training.RECIPES["digits_token_labeling"]
     with pytest.raises(ValueError, match=r"for a plain vision transformer .* got '.*"):
         trainer(tiny_segmenter(), recipe)
+
+
+def test_the_loss_of_a_classifier_is_that_of_the_recipe():
+    for name, kind in LOSSES.items():
+        assert type(objective(plain(32), name)[0]) is kind
+    with pytest.raises(
+        ValueError, match="'softmax' for logits of pixels, got 'binary'"
+    ):
+        objective(tiny_segmenter(), "binary")
+
+
+def test_a_recipe_with_a_teacher_trains_the_network_by_its_answers(tmp_path):
+    teacher = ViT("tiny", image_size=16, patch_size=8, depth=1, num_classes=10)
+    teacher.save(tmp_path / "teacher.keras")
+    recipe = training.RECIPES["digits"].replace(
+        embed_dim=24,
+        depth=1,
+        loss="binary",
+        teaching={
+            "teacher": str(tmp_path / "teacher.keras"),
+            "distillation": "soft",
+            "distillation_weight": 0.25,
+            "temperature": 3.0,
+        },
+    )
+    network = recipe.build_model(10)
+    model = trainer(network, recipe)
+    assert network_of(model) is network and has_own_loss(model)
+    loss = model.distilling
+    assert (loss.loss, loss.kind) == ("binary", "soft")
+    assert (loss.weight, loss.temperature) == (0.25, 3.0)
+    assert model.teacher.input_shape == (None, 16, 16, 3)
+    kept = run_variables(model)
+    assert {id(v) for v in kept} == {id(v) for v in network.variables}
+    assert run_variables(network) == network.variables
+    with pytest.raises(ValueError, match=r"'digits' needs a teacher: --set teacher="):
+        trainer(network, recipe.replace(teacher=None))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"token_labeling": {}, "teaching": {}},
+            "token_labeling or teaching; got both",
+        ),
+        ({"token_labeling": {}, "loss": "sigmoid"}, "with token_labeling .* 'sigmoid'"),
+        ({"segmentation": {}, "loss": "binary"}, "or segmentation, got 'binary'"),
+        ({"label_smoothing": 0.1, "loss": "binary"}, "must be 0 with loss=.* got 0.1"),
+    ],
+)
+def test_losses_that_do_not_go_together_are_one_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        training.RECIPES["digits"].replace(**change)

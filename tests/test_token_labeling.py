@@ -109,10 +109,10 @@ def vit_with_registers():
     "network",
     [
         lambda: LVViT("tiny", **LVVIT, drop_path_rate=0.1),
-        pytest.param(vit_with_registers, marks=pytest.mark.slow),
+        pytest.param(vit_with_registers, marks=(pytest.mark.slow, pytest.mark.first)),
         pytest.param(
             lambda: CPVT("tiny", **SMALL, depth=1, patch_size=8),
-            marks=pytest.mark.slow,
+            marks=(pytest.mark.slow, pytest.mark.first),
         ),
     ],
     ids=["lvvit", "vit", "cpvt"],
@@ -187,6 +187,13 @@ def state(trainer):
     return {key: to_numpy(v.value) for key, v in variables(trainer).items()}
 
 
+def test_pixels_are_not_rounded_to_half_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    network = ViT("tiny", **SMALL, depth=1)
+    found = TokenLabeling(network)(images())["logits"]
+    np.testing.assert_array_equal(to_numpy(found), to_numpy(network(images())))
+
+
 @pytest.mark.slow
 def test_half_precision_averaged_weights_and_accumulated_gradients_together():
     keras.config.set_dtype_policy("mixed_float16")
@@ -216,7 +223,7 @@ def test_half_precision_averaged_weights_and_accumulated_gradients_together():
     ],
     ids=["no_classes", "pyramid"],
 )
-@pytest.mark.heavy
+@pytest.mark.first
 def test_other_networks_are_refused(network):
     with pytest.raises(ValueError, match=r"plain vision transformer .* got '.*without"):
         TokenLabeling(network())

@@ -25,6 +25,7 @@ def draw(*shape):
         (TransformerBlock(3, drop_path=0.5, layer_scale=0.1, qk_norm=True), (2, 7, 12)),
         (SelfAttention(3, qkv_bias=False, dropout=0.1), (2, 7, 12)),
         (MLP(48 / 11, gelu="tanh"), (2, 7, 12)),
+        (MLP(gelu="quick"), (2, 7, 12)),
         (LayerScale(), (2, 7, 12)),
         (TokenPool(1), (2, 12)),
         (MeanPool(2), (2, 12)),
@@ -48,7 +49,7 @@ def weights_by_path(layer):
     }
 
 
-@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+@pytest.mark.parametrize("gelu", ["exact", "tanh", "quick"])
 def test_block_is_equations_2_and_3(gelu):
     layer = TransformerBlock(3, mlp_ratio=2.5, layer_scale=0.5, gelu=gelu, name="b")
     x = draw(1, 7, 12)
@@ -149,7 +150,8 @@ def test_wrong_arguments_are_refused():
         SelfAttention(5)(draw(1, 7, 12))
     with pytest.raises(ValueError, match="num_heads=5 must divide D, got D=12"):
         AttentionPool(5)(draw(1, 7, 12))
-    with pytest.raises(ValueError, match="gelu must be 'exact' or 'tanh', got 'erf'"):
+    match = "gelu must be 'exact', 'tanh' or 'quick', got 'erf'"
+    with pytest.raises(ValueError, match=match):
         TransformerBlock(3, gelu="erf")
     with pytest.raises(ValueError, match="initialization must be one of 'jax'"):
         MLP(initialization="torch")(draw(1, 7, 12))

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import published
 import pytest
-from conftest import to_numpy
+import reference
+from conftest import ask, first, to_numpy
 
-from keras_vit import ViT
+from keras_vit import ViT, from_checkpoint
 from keras_vit.vit import POSITIONS, VARIANTS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,12 +46,14 @@ def count(*args, **kwargs):
     return number
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_parameter_count(variant):
     for patch_size, expected in PARAMETERS[variant].items():
         assert count(variant, patch_size=patch_size) == expected
 
 
+@pytest.mark.first
 @pytest.mark.parametrize(
     "kwargs, expected",
     [
@@ -61,33 +63,31 @@ def test_parameter_count(variant):
         ({"variant": "base", "image_size": 384}, 86_859_496),
         ({"variant": "deit_base_distilled", "image_size": 384}, 87_630_032),
         ({"variant": "small", "num_registers": 4}, 22_050_664 + 4 * 384),
+        # one norm more, and no bias of the patches
+        ({"variant": "small", "pre_norm": True}, 22_050_664 + 2 * 384 - 384),
+        (
+            {"variant": "tiny", "representation_size": 100, "num_classes": 10},
+            PARAMETERS["tiny"][16] - 193 * 1000 + 193 * 100 + 101 * 10,
+        ),
+        (
+            {"variant": "tiny", "representation_size": 192},
+            PARAMETERS["tiny"][16] + 192 * 192 + 192,
+        ),
     ],
 )
 def test_parameter_count_of_other_forms(kwargs, expected):
     assert count(**kwargs) == expected
 
 
-@pytest.mark.parametrize(
-    "file, variant",
-    [("timm_vit", "deit_tiny"), ("timm_deit_distilled", "deit_tiny_distilled")],
-)
-def test_outputs_equal_timm(file, variant):
+@pytest.mark.parametrize("file", ["timm_vit", "timm_deit_distilled"])
+def test_outputs_equal_timm(file):
     golden = np.load(GOLDEN / f"{file}.npz")
-    state = published.state_of(golden)
-    model = ViT(
-        variant,
-        image_size=64,
-        num_classes=7,
-        embed_dim=48,
-        depth=3,
-        num_heads=3,
-        normalization=None,
-    )
-    published.assign(model, published.vit(state, depth=3))
+    told = {"num_heads": 3, "normalization": None}
+    model = from_checkpoint(GOLDEN / f"{file}.npz", **told)
     images = golden["images_nhwc"]
-    np.testing.assert_allclose(to_numpy(model(images)), golden["logits"], atol=1e-4)
+    np.testing.assert_allclose(ask(model, images), golden["logits"], atol=1e-4)
     tokens = keras.Model(model.input, model.get_layer("norm").output)
-    np.testing.assert_allclose(to_numpy(tokens(images)), golden["features"], atol=1e-4)
+    np.testing.assert_allclose(ask(tokens, images), golden["features"], atol=1e-4)
 
 
 def small(variant="tiny", **kwargs):
@@ -107,8 +107,10 @@ def draw(*shape):
         {"pool": "attention", "qk_norm": True},
         {"variant": "deit_tiny_distilled", "num_registers": 1, "dropout": 0.1},
         {"variant": "deit3_small", "image_size": (16, 32), "drop_path_rate": 0.1},
-        {"variant": "deit_tiny", "pool": "mean", "num_classes": 0},
         {"image_size": None, "position_grid": (3, 5)},
+        first({"variant": "deit_tiny", "pool": "mean", "num_classes": 0}),
+        first({"pre_norm": True, "representation_size": 24, "gelu": "quick"}),
+        first({"normalization": [[0.1, 0.2, 0.3], (0.4, 0.5, 0.6)]}),
     ],
     ids=str,
 )
@@ -117,7 +119,7 @@ def test_save_and_load_is_bit_equal_in_safe_mode(tmp_path, kwargs):
     x = draw(2, 16, 32, 3) if kwargs.get("image_size") else draw(2, 32, 32, 3)
     model.save(tmp_path / "vit.keras")
     loaded = keras.saving.load_model(tmp_path / "vit.keras")
-    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+    np.testing.assert_array_equal(ask(loaded, x), ask(model, x))
 
 
 def test_any_size_at_run_time_equals_the_model_built_for_that_size(tmp_path):
@@ -127,18 +129,18 @@ def test_any_size_at_run_time_equals_the_model_built_for_that_size(tmp_path):
         fixed = small("deit_tiny", image_size=size)
         fixed.load_weights(tmp_path / "any.weights.h5")
         x = draw(2, *size, 3)
-        np.testing.assert_allclose(to_numpy(dynamic(x)), to_numpy(fixed(x)), atol=1e-4)
+        np.testing.assert_allclose(ask(dynamic, x), ask(fixed, x), atol=1e-4)
 
 
 def test_any_size_takes_images_that_the_patch_does_not_divide():
     model = small(image_size=None, normalization=None, initialization="deit")
     x = draw(1, 30, 21, 3)
     padded = np.pad(x, ((0, 0), (0, 2), (0, 3), (0, 0)))
-    np.testing.assert_allclose(to_numpy(model(x)), to_numpy(model(padded)), atol=1e-4)
+    np.testing.assert_allclose(ask(model, x), ask(model, padded), atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [first(0.0), 0.1])
 def test_mixed_precision_has_float32_logits_and_a_scaled_loss(policy, dropout):
     keras.config.set_dtype_policy(policy)
     model = small(dropout=dropout, attention_dropout=dropout, drop_path_rate=dropout)
@@ -151,7 +153,10 @@ def test_mixed_precision_has_float32_logits_and_a_scaled_loss(policy, dropout):
     assert scaled == (policy == "mixed_float16")
 
 
-@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
+@pytest.mark.parametrize(
+    "pool",  # of the mean: test_every_position_trains_a_step_saves_and_reloads
+    ["class", pytest.param("attention", marks=pytest.mark.heavy)],
+)
 def test_fit_lowers_the_loss(pool):
     x = draw(8, 32, 32, 3)
     y = np.arange(8) % 4
@@ -170,7 +175,7 @@ def test_distilled_logits_are_the_mean_of_two_heads_that_can_be_cut():
     x = draw(2, 32, 32, 3)
     head, head_dist = (to_numpy(y) for y in heads(x))
     assert np.abs(head - head_dist).max() > 1e-3
-    np.testing.assert_allclose(to_numpy(model(x)), (head + head_dist) / 2, atol=1e-6)
+    np.testing.assert_allclose(ask(model, x), (head + head_dist) / 2, atol=1e-6)
 
 
 def test_features_are_pooled_and_normalised():
@@ -180,6 +185,34 @@ def test_features_are_pooled_and_normalised():
         assert x.shape == (2, 192)
     np.testing.assert_allclose(x.mean(-1), 0, atol=1e-4)  # norm_after_pool: last
     np.testing.assert_allclose(x.std(-1), 1, atol=1e-2)
+
+
+def test_a_representation_is_a_dense_and_a_tanh_between_pooling_and_head():
+    model = small(representation_size=24, initialization="deit")
+    names = ("pool", "pre_logits", "head")
+    nodes = keras.Model(model.input, [model.get_layer(x).output for x in names])
+    pooled, found, logits = (to_numpy(x) for x in nodes(draw(2, 32, 32, 3)))
+    kernel, bias = model.get_layer("pre_logits").get_weights()
+    np.testing.assert_allclose(found, np.tanh(pooled @ kernel + bias), atol=1e-5)
+    kernel, bias = model.get_layer("head").get_weights()
+    np.testing.assert_allclose(logits, found @ kernel + bias, atol=1e-5)
+    features = small(representation_size=24, num_classes=0)
+    assert features.output_shape == (None, 24)
+    assert features.layers[-1].name == "pre_logits"
+    with pytest.raises(ValueError, match="None beside a distillation token, got 24"):
+        small("deit_tiny_distilled", representation_size=24)
+
+
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_pre_norm_normalises_what_the_first_block_reads(pool):
+    model = small("deit_tiny", pre_norm=True, dropout=0.1, epsilon=1e-3, pool=pool)
+    names = ("position", "pre_norm")
+    assert model.get_layer("dropout").input is model.get_layer("pre_norm").output
+    nodes = keras.Model(model.input, [model.get_layer(x).output for x in names])
+    before, after = (to_numpy(x) for x in nodes(draw(2, 32, 32, 3)))
+    expected = reference.layer_norm(before, 1, 0, epsilon=1e-3)
+    np.testing.assert_allclose(after, expected, atol=1e-4)
+    assert "pre_norm" in [x.name for x in small(position="none", pre_norm=True).layers]
 
 
 def test_deit3_class_token_has_no_position_and_drop_path_is_constant():
@@ -209,6 +242,10 @@ def test_initialisation_is_the_one_of_the_row():
     np.testing.assert_allclose(
         to_numpy(deit.get_layer("head").kernel).std(), 0.02, 0.02
     )
+    for initialization, stddev in (("jax", 192**-0.5), ("deit", 0.02)):
+        model = small(representation_size=500, initialization=initialization)
+        kernel = to_numpy(model.get_layer("pre_logits").kernel)
+        np.testing.assert_allclose(kernel.std(), stddev, rtol=0.02)
     patch = to_numpy(deit.get_layer("patches").project.kernel)
     assert 0.99 / np.sqrt(768) < np.abs(patch).max() <= 1 / np.sqrt(768)
 
@@ -219,6 +256,8 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
     assert len([x for x in model.layers if x.name.startswith("block")]) == 6
     with pytest.raises(ValueError, match=r"got 'embed_dims'. Did you mean 'embed_dim'"):
         ViT("small", embed_dims=320)
+    with pytest.raises(ValueError, match=r"'imagesize'. Did you mean 'image_size'"):
+        ViT("tiny", imagesize=32)
     with pytest.raises(ValueError, match=r"got 'smal'. Did you mean 'small'"):
         ViT("smal")
     with pytest.raises(ValueError, match="pool must be one of 'class'"):
@@ -232,7 +271,10 @@ def test_a_row_can_be_overridden_and_unknown_names_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(
+    "position",  # with weights of their own, and with none, on all backends
+    [x if x in ("rotary", "relative", "learned_peg") else first(x) for x in POSITIONS],
+)
 def test_every_position_trains_a_step_saves_and_reloads(tmp_path, position):
     # The mean: no one reads the class token's relative positions in the last block.
     kwargs = {"image_size": None, "pool": "mean", "num_registers": 1, "dropout": 0.1}
@@ -248,7 +290,7 @@ def test_every_position_trains_a_step_saves_and_reloads(tmp_path, position):
     assert still == []  # every variable learns
     model.save(tmp_path / "vit.keras")
     loaded = keras.saving.load_model(tmp_path / "vit.keras")
-    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+    np.testing.assert_array_equal(ask(loaded, x), ask(model, x))
     keras.Model(model.input, model.get_layer("block1").output)(x)  # can be cut
 
 
@@ -263,7 +305,7 @@ def test_every_position_gives_a_static_size_what_it_gives_a_dynamic_one(
     fixed = small("deit_tiny", image_size=(32, 24), **kwargs)
     fixed.load_weights(tmp_path / "any.weights.h5")
     x = draw(4, 32, 24, 3)
-    np.testing.assert_allclose(to_numpy(dynamic(x)), to_numpy(fixed(x)), atol=1e-4)
+    np.testing.assert_allclose(ask(dynamic, x), ask(fixed, x), atol=1e-4)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -274,8 +316,8 @@ def test_patches_permute_with_the_input_without_a_position_alone(position):
     order = np.random.default_rng(1).permutation(16)
     patches = x.reshape(4, 8, 4, 8, 3).transpose(0, 2, 1, 3, 4).reshape(16, 8, 8, 3)
     shuffled = patches[order].reshape(4, 4, 8, 8, 3).transpose(0, 2, 1, 3, 4)
-    found = to_numpy(tokens(shuffled.reshape(1, 32, 32, 3)))
-    difference = np.abs(found - to_numpy(tokens(x))[:, order]).max()
+    found = ask(tokens, shuffled.reshape(1, 32, 32, 3))
+    difference = np.abs(found - ask(tokens, x)[:, order]).max()
     assert (difference < 1e-4) == (position == "none")
 
 
