@@ -1,8 +1,10 @@
 """The command that serves an exported model on this machine."""
 
+import logging
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +83,16 @@ def _announce(server) -> None:
         "TensorFlow Serving:"
     )
     say(f"  keras-vit serve --docker {model.directory}")
+    _tell_of_versions()
+
+
+def _tell_of_versions() -> None:
+    """Print a line for every version that is loaded, fails to or is unloaded."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("export")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
 
 
 def _folder(directory: Path, name: str | None) -> tuple[Path, str]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ from export.session import StatusError
 from export.versions import EXTRA, parse_number, versions
 from export.warmup import NAME, read_warmup
 
+LOG = logging.getLogger(__name__)
+LOG.addHandler(logging.NullHandler())  # who serves says where it is written
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 10.0  # between attempts to load a version that does not load
 RUN_SECONDS = 60.0  # a run that takes longer is ended with its process
@@ -292,9 +295,11 @@ class Model:
             message = getattr(error, "message", str(error))
             now = time.monotonic()
             self.states[number] = _State("END", code, message, now)
+            LOG.error("Version %d is not served: %s", number, message)
             return False
         self._served[number] = Served(self.name, number, host, self._metrics)
         self.states[number] = _State("AVAILABLE")
+        LOG.info("Version %d is served.", number)
         return True
 
     def _unload(self, keep: int | None) -> None:
@@ -308,6 +313,7 @@ class Model:
         await served.close()
         if number not in self._served:
             self.states[number] = _State("END")
+            LOG.info("Version %d is unloaded.", number)
 
     def _why(self) -> str:
         told = [f"{k}: {x.message}" for k, x in self.states.items() if x.message]

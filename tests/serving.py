@@ -83,7 +83,7 @@ def run_command(*arguments, **kwargs) -> subprocess.CompletedProcess:
         env={**environment(), **kwargs.pop("env", {})},
         capture_output=True,
         text=True,
-        **{"timeout": 60, **kwargs},
+        **{"timeout": 300, **kwargs},
     )
 
 
@@ -154,7 +154,7 @@ class Serving:
 
     def wait(self) -> tuple[int, str]:
         """Exit status, and what else was printed."""
-        rest = self._process.communicate(timeout=30)[0]
+        rest = self._process.communicate(timeout=300)[0]
         return self._process.returncode, rest
 
     def is_alive(self) -> bool:
@@ -178,7 +178,7 @@ class Serving:
 
 def ask(request):
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         with error:

@@ -174,7 +174,7 @@ def test_the_health_check_of_compose_is_that_metadata_is_there(
     if status is None:
         server.server_close()
     command = [x.replace("$$", "$").replace("8501", str(port)) for x in test[1:]]
-    done = subprocess.run(command, capture_output=True, timeout=20)
+    done = subprocess.run(command, capture_output=True, timeout=300)
     server.shutdown()
     server.server_close()
     assert (done.returncode == 0) is (status == 200)

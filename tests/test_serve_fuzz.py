@@ -113,7 +113,7 @@ class Fuzz:
     def ask(self, method, path, body, headers=None):
         if self._connection is None:
             address = urlsplit(self.serving.rest)
-            self._connection = http.client.HTTPConnection(address.netloc, timeout=30)
+            self._connection = http.client.HTTPConnection(address.netloc, timeout=300)
         try:
             self._connection.request(method, path, body, headers or {})
             answer = self._connection.getresponse()
@@ -160,7 +160,7 @@ class Fuzz:
 
     def call(self, method, data):
         try:
-            self._channel.unary_unary(SERVICE + method)(data, timeout=30)
+            self._channel.unary_unary(SERVICE + method)(data, timeout=300)
             code = "OK"
         except grpc.RpcError as error:
             code = error.code().name

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import threading
 import time
 import urllib.error
@@ -16,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving import Serving, ask, b64, png, run_command, shared_artifact
 
-from export.messages import pb, to_message
 from export.server import Server
 from export.server_service import Limits
 from export.session import strings
+from export.warmup import request, write_warmup
 
 pytestmark = [pytest.mark.first, pytest.mark.slow]
 
@@ -60,7 +59,7 @@ class Load:
             thread.join()
 
 
-def wait_for(holds, seconds=20):
+def wait_for(holds, seconds=300):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
@@ -97,20 +96,15 @@ def test_a_version_that_does_not_load_leaves_the_one_before(folder):
 
 
 def write_warm_up(version, signature):
-    """One record for a signature, as a TFRecord whose checksums nobody reads."""
-    log = pb.PredictionLog()
-    request = log.predict_log.request
-    request.model_spec.signature_name = signature
-    request.inputs["image_bytes"].CopyFrom(to_message(strings([png()])))
-    record = log.SerializeToString()
+    """One record for a signature."""
+    inputs = {"image_bytes": strings([png()])}
     path = version / "assets.extra" / "tf_serving_warmup_requests"
-    path.write_bytes(struct.pack("<QI", len(record), 0) + record + bytes(4))
+    write_warmup(path, [request("tiny", signature, inputs)])
 
 
 def test_a_version_is_warmed_up_before_it_is_served(folder, tmp_path):
     write_warm_up(folder / "1", "serving_default")
     with Serving(folder) as serving:
-        assert "warm-up: 100%" in serving.told
         shutil.copytree(folder / "1", tmp_path / "copy")
         write_warm_up(tmp_path / "copy", "none")  # which fails the load in a server
         (tmp_path / "copy").rename(folder / "2")
@@ -118,6 +112,8 @@ def test_a_version_is_warmed_up_before_it_is_served(folder, tmp_path):
         (broken,) = serving.get("/versions/2")[1]["model_version_status"]
         assert broken["status"]["error_code"] == "FAILED_PRECONDITION"
         assert serving.post({"instances": [b64(png())]})[0] == 200
+        serving.signal(signal.SIGTERM)
+        assert "Version 2 is not served: " in serving.wait()[1]
 
 
 def test_a_killed_runtime_comes_back_and_fails_only_what_it_was_answering(folder):
@@ -186,6 +182,10 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(folder, tmp_path):
         assert f"127.0.0.1:{port} cannot be listened on" in told
         told = refused(folder, "--grpc-port", port, "--rest-port", 0)
         assert f"127.0.0.1:{port} cannot be listened on" in told
+    warm_up = folder / "1" / "assets.extra" / "tf_serving_warmup_requests"
+    warm_up.write_bytes(bytes(7))
+    assert f"{warm_up} is damaged at byte 0" in refused(folder)
+    warm_up.unlink()
     (folder / "1" / "saved_model.pb").write_bytes(b"no model")
     assert "does not load" in refused(folder)
 
