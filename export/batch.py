@@ -26,7 +26,6 @@ from export.runtime import Runtime, RuntimeCrashError
 from export.session import StatusError, strings
 from keras_vit.model_file import remove_leftovers, replacing, sha256
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # of an artifact that does not tell its own
 UNDECODED = "it could not be decoded"
 
 
@@ -130,7 +129,7 @@ class Predictor:
         manifest = self.directory / "assets.extra" / "manifest.json"
         manifest = json.loads(manifest.read_text())
         self.labels = manifest["labels"]
-        self.batch_sizes = sorted(manifest.get("batch_sizes", BATCH_SIZES))
+        self.batch_sizes = sorted(manifest["batch_sizes"])
         self.runtime = Runtime(self.directory)
         described = self.runtime.signatures["serving_default"]
         (self.input,) = described["inputs"]
@@ -197,11 +196,9 @@ class Predictor:
         ]  # one of them costs no other its answer
 
     def _read(self, answer):
-        number = len(next(iter(answer.values())))
-        valid = answer.get("valid", np.ones(number, bool))
         return [
-            self._best(answer, row) if valid[row] else f"{UNDECODED}, or is too large"
-            for row in range(number)
+            self._best(answer, row) if valid else f"{UNDECODED}, or is too large"
+            for row, valid in enumerate(answer["valid"])
         ]
 
     def _best(self, answer, row):

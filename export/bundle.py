@@ -49,13 +49,13 @@ def complete(version: str | Path, manifest: dict, signatures: dict) -> None:
 
     Args:
         version: The version directory, not published yet.
-        manifest: `labels`, `preprocess`, and `batch_sizes` if they are others.
+        manifest: `labels`, `preprocess` and `batch_sizes`.
         signatures: As of `Runtime.signatures`.
     """
     from export.warmup import NAME, sample_image, warmup_requests, write_warmup
 
     version = Path(version)
-    sizes = manifest.get("batch_sizes", BATCH_SIZES)
+    sizes = manifest["batch_sizes"]
     (version / EXTRA).mkdir(exist_ok=True)
     (version / "batching_params.pbtxt").write_text(batching_parameters(sizes))
     labels = (" ".join(label.split("\n")) for label in manifest["labels"])
@@ -96,8 +96,8 @@ def write_bundle(
     Args:
         directory: Folder of the versions, at least one.
         name: Name of the model in URLs (`served_name`).
-        manifest: Of the newest version: `task`, `model`, `labels`, `preprocess`, and
-            `batch_sizes`, `max_pixels` if it has them.
+        manifest: Of the newest version: `task`, `model`, `labels`, `preprocess`,
+            `batch_sizes` and `max_pixels`.
         signatures: As of `Runtime.signatures`.
 
     Returns:
@@ -112,7 +112,7 @@ def write_bundle(
         raise ValueError(f"A bundle needs a version, {directory} has none.")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError(f"name must be of letters, digits and _.-, got {name!r}.")
-    sizes = manifest.get("batch_sizes", BATCH_SIZES)
+    sizes = manifest["batch_sizes"]
     with staging(directory) as hidden:
         hidden.mkdir()
         pinned = _pinned(directory / BUNDLE / "models.config")
@@ -194,7 +194,7 @@ def _flags(config: str, indent: int) -> str:
 
 def _about(name: str, manifest: dict, signatures: dict) -> dict:
     """What the README tells of the model."""
-    labels, sizes = manifest["labels"], manifest.get("batch_sizes", BATCH_SIZES)
+    labels, sizes = manifest["labels"], manifest["batch_sizes"]
     height, width = manifest["preprocess"]["image_size"]
     kinds = {
         "segmentation": "a class for every pixel of an image",
@@ -209,10 +209,7 @@ def _about(name: str, manifest: dict, signatures: dict) -> dict:
         "pixels; files of any size are resized and cropped inside the model, as they "
         "were in its training."
     )
-    pixels = manifest.get("max_pixels")
-    limits = (
-        f"an image of more than {pixels:,} pixels is not decoded. " if pixels else ""
-    )
+    pixels = manifest["max_pixels"]
     return {
         "about": textwrap.fill(about, 92),
         "labels": f"Classes: {shown}.",
@@ -221,8 +218,8 @@ def _about(name: str, manifest: dict, signatures: dict) -> dict:
         "batch_sizes": ", ".join(map(str, sizes)),
         "max_batch": sizes[-1],
         "clients": 2 * sizes[-1],
-        "limits": limits,
-        "bad_rows": BAD_ROWS if "strict" in signatures else "",
+        "limits": f"an image of more than {pixels:,} pixels is not decoded. ",
+        "bad_rows": BAD_ROWS,
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from export import checksums
 from export.requests import SIDE, hostile, huge_png, mixed_files, sample
 from export.runtime import Runtime, RuntimeCrashError
 from export.session import StatusError, strings
@@ -39,8 +40,6 @@ CONTRACTS = {  # what every artifact of a task has, at least
         "logits": (PIXELS, {"logits", "valid"}),
     },
 }
-CHECKSUMS = "SHA256SUMS"
-UNCOUNTED = (f"assets.extra/{CHECKSUMS}", "assets.extra/report.json")
 HUGE_BYTES = 300_000_000  # that a refused image may take at most
 
 
@@ -90,38 +89,14 @@ def manifest_of(directory: Path) -> tuple[dict, Check]:
 # --- files ---
 
 
-def write_checksums(directory: Path) -> None:
-    """Write the SHA-256 of every file, as `sha256sum --check` reads them."""
-    from keras_vit.model_file import sha256  # which imports Keras: a server does not
-
-    lines = [f"{sha256(directory / x)}  {x}\n" for x in _files(directory)]
-    (directory / "assets.extra" / CHECKSUMS).write_text("".join(lines))
-
-
-def checksums(directory: Path) -> Check:
+def of_files(directory: Path) -> Check:
     """Every file is there, whole, and no other is."""
     try:
-        text = (directory / "assets.extra" / CHECKSUMS).read_text()
+        found = checksums.flaws(directory)
     except OSError as error:
         return Check("checksums", False, str(error))
-    told = {line[66:]: line[:64] for line in text.splitlines()}
-    found = set(_files(directory))
-    from keras_vit.model_file import sha256
-
-    wrong = [x for x in sorted(found & told.keys()) if sha256(directory / x) != told[x]]
-    flaws = {
-        "damaged": wrong,
-        "missing": sorted(told.keys() - found),
-        "not of this version": sorted(found - told.keys()),
-    }
-    detail = "; ".join(f"{how}: {', '.join(x)}" for how, x in flaws.items() if x)
-    return Check("checksums", not detail, detail or f"{len(told)} files whole")
-
-
-def _files(directory: Path) -> list[str]:
-    paths = (x for x in directory.rglob("*") if x.is_file())
-    names = sorted(x.relative_to(directory).as_posix() for x in paths)
-    return [name for name in names if name not in UNCOUNTED]
+    detail = "; ".join(f"{how}: {', '.join(x)}" for how, x in found.items() if x)
+    return Check("checksums", not detail, detail or "every file is whole")
 
 
 # --- the graph ---

@@ -86,7 +86,7 @@ def verify(
 def _all_checks(directory, python, versions, bar) -> Iterator[Check]:
     manifest, check = checks.manifest_of(directory)
     yield check
-    yield checks.checksums(directory)
+    yield checks.of_files(directory)
     try:
         runtime = Runtime(directory, python)
     except (StatusError, RuntimeCrashError) as error:

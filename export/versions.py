@@ -13,7 +13,6 @@ by one rename, and loses it by one before it is deleted.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from export import checksums
 from export.rename import rename_new, sync, sync_one
 
 EXPORTING, PRUNED = ".exporting-", ".pruned-"
@@ -191,14 +191,12 @@ def problem(path: Path) -> str | None:
             return f"{name} is missing"
     if not list(path.glob("variables/variables.data-*")):
         return "variables/variables.data-* is missing"
-    sums = path / EXTRA / "SHA256SUMS"
-    for line in sums.read_text().splitlines() if sums.is_file() else []:
-        expected, _, name = line.partition("  ")
-        if not (path / name).is_file():
+    if (path / checksums.NAME).is_file():
+        found = checksums.flaws(path)
+        for name in found["missing"]:
             return f"{name} is missing"
-        with (path / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                return f"{name} is not what was exported (its SHA-256 differs)"
+        for name in found["damaged"]:
+            return f"{name} is not what was exported (its SHA-256 differs)"
     return None
 
 
@@ -344,19 +342,11 @@ def _record(target: Path, version: Version, newest: int) -> None:
         "instead_of": newest,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    text = json.dumps(record, indent=2) + "\n"
-    _write_new(extra / "rollback.json", text)
-    sums = extra / "SHA256SUMS"
-    if sums.is_file():
-        name = f"{EXTRA}/rollback.json"
-        lines = [x for x in sums.read_text().splitlines() if not x.endswith(name)]
-        lines.append(f"{hashlib.sha256(text.encode()).hexdigest()}  {name}")
-        _write_new(sums, "\n".join(lines) + "\n")
-
-
-def _write_new(path: Path, text: str) -> None:
+    path = extra / "rollback.json"
     path.unlink(missing_ok=True)
-    path.write_text(text)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    if (target / checksums.NAME).is_file():
+        checksums.add(target, f"{EXTRA}/rollback.json")
 
 
 def prune(directory: str | Path, keep: int = 3) -> list[int]:

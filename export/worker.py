@@ -18,7 +18,8 @@ import tensorflow as tf
 
 import keras_vit
 from export.bundle import BATCH_SIZES, complete
-from export.checks import reference_images, sampled, write_checksums
+from export.checks import reference_images, sampled
+from export.checksums import write_checksums
 from export.signatures import Contract, Functions, Servable, signatures
 from keras_vit.embedding import Preprocess
 

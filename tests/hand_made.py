@@ -15,6 +15,7 @@ MANIFEST = {
     "labels": ["cat", "dog", "émeu"],
     "preprocess": {"image_size": [16, 24]},
     "max_pixels": 50_000_000,
+    "batch_sizes": [1, 2, 4, 8, 16, 32],
 }
 
 LABEL_MAPS = {

@@ -70,11 +70,11 @@ def test_verify_fails_on_a_damaged_artifact(artifact, tmp_path, damage, expected
 def test_what_is_not_of_a_version_is_found(artifact, tmp_path):
     copy = tmp_path / "1"
     shutil.copytree(artifact, copy)
-    assert checks.checksums(copy).ok and checks.manifest_of(copy)[1].ok
+    assert checks.of_files(copy).ok and checks.manifest_of(copy)[1].ok
     (copy / "stale.txt").touch()
-    assert checks.checksums(copy).detail == "not of this version: stale.txt"
+    assert checks.of_files(copy).detail == "foreign: stale.txt"
     (copy / "assets.extra/manifest.json").write_text("{")
-    assert "damaged: assets.extra/manifest.json" in checks.checksums(copy).detail
+    assert "damaged: assets.extra/manifest.json" in checks.of_files(copy).detail
     assert not checks.manifest_of(copy)[1].ok
 
 

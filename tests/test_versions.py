@@ -167,7 +167,7 @@ class Poller(threading.Thread):
     """Looks every millisecond, as a server every second; keeps what is not whole."""
 
     def __init__(self, folder):
-        super().__init__()
+        super().__init__(daemon=True)
         self.folder, self.done, self.broken, self.seen = folder, False, [], set()
 
     def run(self):
