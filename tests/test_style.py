@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,12 @@ def test_files_are_small():
     assert len(files) > 20
     long = {f.name: len(f.read_text().splitlines()) for f in files}
     assert {name: n for name, n in long.items() if n > 400} == {}
+
+
+def test_all_of_training_but_one_room_is_closed_to_the_export():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    closed = {x["name"]: x.get("forbidden_modules") for x in contracts}
+    rooms = {f"training.{x.stem}" for x in (ROOT / "training").glob("[a-z]*.py")}
+    expected = sorted(rooms - {"training.preprocess"})
+    assert closed["export enters training.preprocess alone"] == expected
