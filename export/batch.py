@@ -9,7 +9,6 @@ would hold every answer back until the last, to bring them into order.)
 import contextlib
 import csv
 import dataclasses
-import io
 import itertools
 import json
 import shutil
@@ -17,11 +16,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from export.batch_source import Files, Split, open_source
-from export.predict import newest_version
+from export.predict import newest_version, shares
 from export.runtime import Runtime, RuntimeCrashError
 from export.session import StatusError, strings
 from keras_vit.model_file import remove_leftovers, replacing, sha256
@@ -205,13 +203,7 @@ class Predictor:
         if "classes" in answer:
             names = [x.decode() for x in answer["classes"][row]]
             return list(zip(names, answer["scores"][row], strict=True))[: self.top]
-        from PIL import Image
-
-        pixels = np.asarray(Image.open(io.BytesIO(answer["label_map_bytes"][row])))
-        counts = np.bincount(pixels.reshape(-1), minlength=len(self.labels))
-        shares = (counts / pixels.size).astype("float32")
-        best = np.argsort(-shares, kind="stable")[: self.top]
-        return [(self.labels[i], shares[i]) for i in best]
+        return shares(answer["label_map_bytes"][row], self.labels, self.top)
 
     def _row(self, name, answer):
         row = dict.fromkeys(self.columns())

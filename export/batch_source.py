@@ -32,17 +32,22 @@ class Files:
         """Another one as soon as a file is another, or has changed."""
         known = hashlib.sha256()
         for path in self.paths:
-            status = os.lstat(path)
-            known.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+            told = f"\0{status.st_size}\0{status.st_mtime_ns}\n"
+            known.update(os.fsencode(path) + told.encode())
         return known.hexdigest()
 
     def read(self) -> Iterator[tuple[str, bytes | OSError]]:
-        """The path, and what the file holds or why it can't be read."""
+        """The path, and what the file holds or why it can't be read.
+
+        What in a path is not UTF-8 is told as the replacement character.
+        """
         for path in self.paths:
+            name = os.fsencode(path).decode(errors="replace")
             try:
-                yield path, Path(path).read_bytes()
+                yield name, Path(path).read_bytes()
             except OSError as error:
-                yield path, error
+                yield name, error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,12 +69,15 @@ class Artifact:
     def check(self, name: str, promise: Callable[[], tuple[bool, str]]) -> Check:
         """Whether a promise holds; a status or a crash says that it does not."""
         try:
+            if not self.runtime.is_alive:  # of what was asked before
+                self.runtime.restart()
             holds, detail = promise()
             return Check(name, bool(holds), detail)
         except (StatusError, RuntimeCrashError) as error:
             return Check(name, False, str(error))
-        except KeyError as error:
-            return Check(name, False, f"the manifest does not tell {error}")
+        except (ValueError, TypeError, LookupError) as error:  # of a damaged manifest
+            detail = f"cannot be checked: {type(error).__name__} {error}"
+            return Check(name, False, detail)
 
 
 def manifest_of(directory: Path) -> tuple[dict, Check]:
@@ -93,8 +96,8 @@ def of_files(directory: Path) -> Check:
     """Every file is there, whole, and no other is."""
     try:
         found = checksums.flaws(directory)
-    except OSError as error:
-        return Check("checksums", False, str(error))
+    except (OSError, ValueError) as error:
+        return Check("checksums", False, f"{checksums.NAME}: {error}")
     detail = "; ".join(f"{how}: {', '.join(x)}" for how, x in found.items() if x)
     return Check("checksums", not detail, detail or "every file is whole")
 

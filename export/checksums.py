@@ -23,6 +23,7 @@ def flaws(version: Path) -> dict[str, list[str]]:
 
     Raises:
         OSError: If the list of checksums is not there.
+        ValueError: If it is no text.
     """
     lines = (version / NAME).read_text().splitlines()
     told = {name: digest for digest, _, name in (x.partition("  ") for x in lines)}

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from export.client_wires import Grpc, Rest, ServerError, Tensors
 from export.messages import describe, numpy_dtype, pb
-from export.predict import in_words
+from export.predict import check_names, in_words
 from export.session import strings
 
 RETRIED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
@@ -181,8 +181,10 @@ def ask_files(
 
     Raises:
         ServerError: If the server answers with an error or not at all.
-        ValueError: If `label_maps` is given and the model answers with classes.
+        ValueError: If `label_maps` is given and the model answers with classes, or two
+            files have one name.
     """
+    check_names(files, label_maps)
     signature = "serving_default"
     if label_maps is not None:
         outputs = client.metadata()[signature]["outputs"]

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-IMAGE = "tensorflow/serving:2.20.0"
 PIXEL = (  # a whole image: 8 x 8 grey pixels
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEE"
     "lEQVR42mNsYIAAJgaKGAAmCACQtTEKkQAAAABJRU5ErkJggg=="
@@ -90,7 +89,7 @@ def _tell_of_versions() -> None:
     """Print a line for every version that is loaded, fails to or is unloaded."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("export")
+    logger = logging.getLogger("keras_vit.serve")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
 
@@ -108,6 +107,8 @@ def _folder(directory: Path, name: str | None) -> tuple[Path, str]:
 
 
 def _docker(folder, name, host, rest_port, grpc_port) -> list[str]:
+    from export.bundle import IMAGE
+
     if shutil.which("docker") is None:
         raise FileNotFoundError("--docker needs the program docker, which is not here.")
     probe = subprocess.run(["docker", "info"], capture_output=True, text=True)

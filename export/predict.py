@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -35,9 +36,11 @@ def predict_files(
         their share of the pixels; None for a file that cannot be decoded.
 
     Raises:
-        ValueError: If `label_maps` is given and the model answers with classes.
+        ValueError: If `label_maps` is given and the model answers with classes, or two
+            files have one name.
         StatusError: If the runtime fails otherwise.
     """
+    check_names(files, label_maps)
     manifest = Path(directory) / "assets.extra" / "manifest.json"
     with Runtime(directory) as runtime:
         outputs = runtime.signatures["serving_default"]["outputs"]
@@ -79,7 +82,8 @@ def in_words(
         folder = Path(label_maps)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{file.stem}_labels.png").write_bytes(png)
-    return _shares(png, labels or [f"class {i}" for i in range(2**16)], top)
+    found = shares(png, labels or [f"class {i}" for i in range(2**16)], top)
+    return [f"{label} {share:.1%} of pixels" for label, share in found if share > 0]
 
 
 def classify_files(
@@ -146,10 +150,34 @@ def _best(answer, top):
     return [f"{name.decode()} {score:.1%}" for name, score in pairs][:top]
 
 
-def _shares(png, labels, top):
+def shares(png: bytes, labels: Sequence[str], top: int) -> list[tuple[str, np.float32]]:
+    """The largest classes of a label map, and their share of its pixels.
+
+    Args:
+        png: The label map, as a model answers with it.
+        labels: Name of each class.
+        top: Number of classes.
+    """
     from PIL import Image
 
     pixels = np.asarray(Image.open(io.BytesIO(png)))
-    shares = np.bincount(pixels.reshape(-1), minlength=len(labels)) / pixels.size
-    largest = [i for i in np.argsort(-shares)[:top] if shares[i] > 0]
-    return [f"{labels[i]} {shares[i]:.1%} of pixels" for i in largest]
+    counts = np.bincount(pixels.reshape(-1), minlength=len(labels))
+    parts = (counts / pixels.size).astype("float32")
+    largest = np.argsort(-parts, kind="stable")[:top]
+    return [(labels[i], parts[i]) for i in largest]
+
+
+def check_names(files: Sequence[Path], label_maps: str | Path | None) -> None:
+    """Label maps are named after their files: each must have a name of its own.
+
+    Raises:
+        ValueError: If `label_maps` is given and two files have one name.
+    """
+    found = Counter(file.stem for file in files)
+    same = [stem for stem, count in found.items() if count > 1]
+    if label_maps is not None and same:
+        named = [str(x) for x in files if x.stem == same[0]]
+        raise ValueError(
+            f"Label maps are named after their files: {named[0]} and {named[1]} would "
+            f"both be {same[0]}_labels.png. Ask for one folder after the other."
+        )

@@ -26,7 +26,7 @@ def sample(description: Mapping[str, dict], rows: int, seed: int = 0) -> dict:
     """
     inputs = {}
     for key, told in description.items():
-        pixels = [_waves(48 + 8 * i, 64, seed + i) for i in range(rows)]
+        pixels = [waves(48 + 8 * i, 64, seed + i) for i in range(rows)]
         if told["dtype"] == "DT_STRING":
             files = [encoded(x, "PNG") for x in pixels]
             wrapped = files if key == "image_bytes" else map(tf_example, files)
@@ -34,7 +34,7 @@ def sample(description: Mapping[str, dict], rows: int, seed: int = 0) -> dict:
             continue
         height, width = (32 if side < 0 else side for side in told["shape"][1:3])
         dtype = {"DT_FLOAT": "float32", "DT_UINT8": "uint8"}[told["dtype"]]
-        images = [_waves(height, width, seed + i) for i in range(rows)]
+        images = [waves(height, width, seed + i) for i in range(rows)]
         inputs[key] = np.asarray(images, dtype).reshape(rows, height, width, 3)
     return inputs
 
@@ -59,7 +59,7 @@ def tf_example(image: bytes) -> bytes:
 
 def mixed_files() -> tuple[np.ndarray, list[bool]]:
     """Files of which most are damaged, and which are whole."""
-    png, jpeg = (encoded(_waves(48, 64, 0), kind) for kind in ("PNG", "JPEG"))
+    png, jpeg = (encoded(waves(48, 64, 0), kind) for kind in ("PNG", "JPEG"))
     middle = len(png) // 2
     wrong_crc = png[:middle] + bytes([png[middle] ^ 0xFF]) + png[middle + 1 :]
     files = [png, jpeg[: len(jpeg) // 2], b"not an image", b"", wrong_crc, png]
@@ -129,11 +129,12 @@ def _pixels(told: dict) -> Iterator[tuple[str, np.ndarray, bool]]:
         yield "not finite", np.full((1, height, width, 3), np.nan, dtype), True
 
 
-def _waves(height: int, width: int, seed: int) -> np.ndarray:
+def waves(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A picture: uint8 `(height, width, 3)`; another seed gives another."""
     y, x = np.mgrid[0:height, 0:width].astype("float32")
     shifts = seed + np.arange(3)
-    waves = [np.sin(x / 7 + i) * np.cos(y / 5 - i) * 100 + 128 for i in shifts]
-    return np.stack(waves, -1).astype("uint8")
+    planes = [np.sin(x / 7 + i) * np.cos(y / 5 - i) * 100 + 128 for i in shifts]
+    return np.stack(planes, -1).astype("uint8")
 
 
 def _varint(number: int) -> bytes:

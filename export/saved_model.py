@@ -100,9 +100,8 @@ def export_saved_model(
         bar.update()
         bar.set_description("publish")
         published = publish(target, directory, version)
-        manifest = json.loads(
-            (published / "assets.extra" / "manifest.json").read_text()
-        )
+        newest = versions(directory)[-1].path
+        manifest = json.loads((newest / "assets.extra" / "manifest.json").read_text())
         write_bundle(
             directory, served_name(directory), manifest, manifest["signatures"]
         )

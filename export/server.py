@@ -140,10 +140,10 @@ def serve_until_told(server: Server, announce: Callable[[Server], None]) -> None
 
     async def run():
         told = asyncio.Event()
+        await server.start()  # until it has begun, a signal ends the process at once
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, told.set)
-        await server.start()
         announce(server)
         await told.wait()
         await server.stop()

@@ -5,7 +5,6 @@ The session runs one batch at a time; what arrives meanwhile makes the next one.
 
 import asyncio
 import dataclasses
-import json
 import re
 import time
 from collections import deque
@@ -38,13 +37,21 @@ class BatchingParameters:
 
     @classmethod
     def of_version(cls, directory: Path) -> "BatchingParameters":
-        """What `batching_params.pbtxt` says, or else the manifest, or the defaults."""
+        """What `batching_params.pbtxt` says; the defaults where there is none.
+
+        Raises:
+            ValueError: If it says what cannot be read.
+        """
         path = directory / "batching_params.pbtxt"
         if not path.is_file():
-            manifest = directory / "assets.extra" / "manifest.json"
-            known = json.loads(manifest.read_text()) if manifest.is_file() else {}
-            return cls(tuple(known.get("batch_sizes", cls.allowed)))
-        text = re.sub(r"#.*", "", path.read_text())
+            return cls()
+        try:
+            return cls._of_text(re.sub(r"#.*", "", path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}.") from error
+
+    @classmethod
+    def _of_text(cls, text: str) -> "BatchingParameters":
         allowed = tuple(map(int, re.findall(r"allowed_batch_sizes\s*:\s*(\d+)", text)))
 
         def value(name, default):
@@ -188,7 +195,7 @@ class Batcher:
         return tasks
 
     async def _answer(self, tasks: list[_Task]) -> None:
-        """Run a batch; if it fails, each task alone, so that none fails for others."""
+        """Run a batch; if it fails, each task alone, unless the process died of it."""
         try:
             outputs = await self._run_merged(tasks)
         except StatusError as error:

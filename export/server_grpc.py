@@ -18,7 +18,7 @@ from export.session import StatusError
 
 SERVICES = ("tensorflow.serving.PredictionService", "tensorflow.serving.ModelService")
 LOG = logging.getLogger("keras_vit.serve")
-LARGE = 100_000  # values above which a message is worth a thread
+LARGE = 100_000  # values, or bytes, above which a message is worth a thread
 
 
 async def add_services(server: grpc.aio.Server, service: Service):
@@ -85,9 +85,18 @@ def _find(service, spec):
 
 
 async def _predict(service, request):
-    served = _find(service, request.model_spec)
+    with _find(service, request.model_spec) as served:
+        return await _predicted(service, served, request)
+
+
+async def _predicted(service, served, request):
     name, description = served.signature(request.model_spec.signature_name)
-    known = description["outputs"]
+    known, expected = description["outputs"], sorted(description["inputs"])
+    if sorted(request.inputs) != expected:  # before any of them is unpacked
+        raise StatusError(
+            "INVALID_ARGUMENT",
+            f"inputs must be {expected}, got {sorted(request.inputs)[:9]}",
+        )
     for key in request.output_filter:
         if key not in known:
             raise StatusError(
@@ -96,7 +105,9 @@ async def _predict(service, request):
                 f"to be in the set {{{','.join(known)}}}.",
             )
     limit = service.limits.body_bytes
-    inputs = {key: from_message(x, limit) for key, x in request.inputs.items()}
+    read = lambda: {k: from_message(x, limit) for k, x in request.inputs.items()}  # noqa: E731
+    small = request.ByteSize() < LARGE
+    inputs = read() if small else await asyncio.to_thread(read)
     outputs = await service.run(served, name, inputs)
     outputs = {
         k: x for k, x in outputs.items() if k in (request.output_filter or known)
@@ -120,7 +131,11 @@ def _name(spec, served, signature):
 
 
 async def _classify(service, request):
-    served = _find(service, request.model_spec)
+    with _find(service, request.model_spec) as served:
+        return await _classified(service, served, request)
+
+
+async def _classified(service, served, request):
     name, description = served.signature(request.model_spec.signature_name)
     server_json.check_classify(name, description)
     if request.input.HasField("example_list_with_context"):

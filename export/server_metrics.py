@@ -43,7 +43,9 @@ class Metrics:
     def text(self) -> bytes:
         """All of it in the text format."""
         text = prometheus_client.generate_latest(self.registry)
-        return text.replace(b"_total", b"")  # the server's counters have no suffix
+        for name in (b"request_count", b"runtime_restarts"):
+            text = text.replace(name + b"_total", name)  # the server's have no suffix
+        return text
 
     def _counter(self, name, text, labels=()):
         return Counter(PREFIX + name, text, labels, registry=self.registry)

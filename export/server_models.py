@@ -19,7 +19,7 @@ from export.session import StatusError
 from export.versions import EXTRA, parse_number, versions
 from export.warmup import NAME, read_warmup
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("keras_vit.serve")
 LOG.addHandler(logging.NullHandler())  # who serves says where it is written
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 10.0  # between attempts to load a version that does not load
@@ -130,6 +130,19 @@ class Served:
         self.signatures = host.signatures
         parameters = BatchingParameters.of_version(host.directory)
         self.batcher = Batcher(host.run, parameters, metrics, model)
+        self._users, self._unused = 0, asyncio.Event()
+        self._unused.set()
+
+    def __enter__(self) -> "Served":
+        """While a request is read and answered: it is not unloaded meanwhile."""
+        self._users += 1
+        self._unused.clear()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._users -= 1
+        if not self._users:
+            self._unused.set()
 
     def signature(self, name: str) -> tuple[str, dict]:
         """A signature by its name; `serving_default` for an empty one.
@@ -164,7 +177,8 @@ class Served:
         return message
 
     async def close(self) -> None:
-        """Answer what waits, then end."""
+        """Answer all who have asked, then end."""
+        await self._unused.wait()
         await self.batcher.close()
         await asyncio.to_thread(self.host.close)
 
@@ -201,7 +215,7 @@ class Model:
         self.states: dict[int, _State] = {}
         self._served: dict[int, Served] = {}
         self._closing: set[asyncio.Task] = set()
-        if self._wanted() is None:
+        if not directory.is_dir() or self._wanted() is None:
             raise FileNotFoundError(
                 f"{directory} must be an exported version (with saved_model.pb) or a "
                 "folder of versions."
@@ -245,11 +259,18 @@ class Model:
         """Look for versions every second, until cancelled."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            await self.poll()
+            try:
+                await self.poll()
+            except Exception:  # whatever it is, the next version shall be seen
+                LOG.exception("Looking for versions failed.")
 
     async def poll(self) -> None:
         """Serve the highest version; the one before is unloaded after the switch."""
-        found = self._wanted()
+        try:
+            found = self._wanted()
+        except OSError as error:  # not the same as a folder without versions
+            LOG.error("%s cannot be listed: %s", self.directory, error)
+            return
         if found is None:
             self._unload(keep=None)
             return
@@ -269,15 +290,19 @@ class Model:
         await asyncio.gather(*self._closing)
 
     def _wanted(self) -> tuple[int, Path] | None:
-        """Number and folder of the highest version; as a server reads names."""
+        """Number and folder of the highest version; as a server reads names.
+
+        Raises:
+            OSError: If the folder cannot be listed, or is gone.
+        """
         if self._alone is not None:
             number = parse_number(self._alone.name)
-            return (number or 1, self._alone) if self._alone.is_dir() else None
-        with contextlib.suppress(OSError):
-            found = [x for x in versions(self.directory) if x.path.is_dir()]
-            if found:
-                return found[-1].number, found[-1].path
-        return None
+            number = 1 if number is None else number
+            return (number, self._alone) if self._alone.is_dir() else None
+        if not self.directory.is_dir():
+            raise FileNotFoundError("it is gone")
+        found = [x for x in versions(self.directory) if x.path.is_dir()]
+        return (found[-1].number, found[-1].path) if found else None
 
     async def _load(self, number: int, directory: Path) -> bool:
         self.states[number] = _State("LOADING")
@@ -287,17 +312,18 @@ class Model:
                 # At the beginning nobody wants to wait for the rarer signatures.
                 only = None if self._served else "serving_default"
                 await asyncio.to_thread(host.warm_up, only)
+                served = Served(self.name, number, host, self._metrics)
             except BaseException:
                 await asyncio.to_thread(host.close)
                 raise
-        except (StatusError, RuntimeCrashError, OSError) as error:
+        except (StatusError, RuntimeCrashError, OSError, ValueError) as error:
             code = getattr(error, "code", "INTERNAL")
             message = getattr(error, "message", str(error))
             now = time.monotonic()
             self.states[number] = _State("END", code, message, now)
             LOG.error("Version %d is not served: %s", number, message)
             return False
-        self._served[number] = Served(self.name, number, host, self._metrics)
+        self._served[number] = served
         self.states[number] = _State("AVAILABLE")
         LOG.info("Version %d is served.", number)
         return True

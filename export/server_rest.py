@@ -78,9 +78,9 @@ async def _ask(service, request, found) -> web.Response:
         if api == "Regress":
             raise _invalid("No signature of this model is one for regression")
         answer = _classify if api == "Classify" else _predict
-        served = service.find(found["name"], _number(found), found["label"])
-        document = await _maybe_in_thread(len(body), server_json.parse, body)
-        body = await answer(service, served, document, len(body))
+        with service.find(found["name"], _number(found), found["label"]) as served:
+            document = await _maybe_in_thread(len(body), server_json.parse, body)
+            body = await answer(service, served, document, len(body))
     return web.Response(body=body, content_type="application/json")
 
 
@@ -99,7 +99,7 @@ async def _body(request, limit: int) -> bytes:
         raise _invalid(f"Content-Encoding must be gzip, got {coding}")
     unpacking = zlib.decompressobj(wbits=31)
     try:
-        unpacked = unpacking.decompress(body, limit + 1)
+        unpacked = await asyncio.to_thread(unpacking.decompress, body, limit + 1)
     except zlib.error as error:
         raise _invalid(f"The body is no gzip: {error}") from None
     if len(unpacked) > limit or not unpacking.eof:

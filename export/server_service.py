@@ -20,7 +20,7 @@ class Limits:
     """What a request may cost.
 
     Args:
-        body_bytes: Size of a request, and of each tensor in it.
+        body_bytes: Size of a request; of gRPC also of each tensor in it, unpacked.
         rows: Rows of a request.
         requests: Requests at once.
         seconds: Time of a request.

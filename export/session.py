@@ -183,7 +183,11 @@ class _Session:
         for value in values:
             self.tf.TF_DeleteTensor(ctypes.c_void_p(value))
         self.check()
-        arrays = [self.array(result) for result in results]
+        try:
+            arrays = [self.array(result) for result in results]
+        finally:
+            for result in results:
+                self.tf.TF_DeleteTensor(ctypes.c_void_p(result))
         return dict(zip(signature["outputs"], arrays, strict=True))
 
     def outputs(self, tensors: list[str]):
@@ -224,7 +228,6 @@ class _Session:
         else:
             size = self.tf.TF_TensorByteSize(pointer)
             array = np.frombuffer(ctypes.string_at(data, size), DTYPES[code])
-        self.tf.TF_DeleteTensor(pointer)
         return array.reshape(shape)
 
     def string(self, data: int, index: int) -> bytes:

@@ -28,7 +28,7 @@ import tensorflow as tf
 from export.features import answering
 from export.images import checked, each, inspect_all, strict, tolerant
 from keras_vit.embedding import Preprocess
-from training.preprocess import decode
+from training.preprocess import decode, scaled
 
 STRINGS = tf.TensorSpec((None,), tf.string)
 Functions = dict[str, tf.types.experimental.ConcreteFunction]
@@ -173,13 +173,8 @@ def _of_segmenter(model, network, contract, max_pixels):
         image = tf.cast(decode(data), tf.float32)
         size = tf.shape(image)[:2]
         if None not in model.input_shape[1:3]:
-            whole = tf.image.resize(
-                image,
-                contract.preprocess.image_size,
-                contract.preprocess.interpolation,
-                antialias=True,
-            )
-            image = tf.clip_by_value(whole, 0.0, 255.0)
+            size_of_model = contract.preprocess.image_size
+            image = scaled(image, size_of_model, contract.preprocess.interpolation)
         logits = tf.image.resize(network(image[None])["logits"], size)
         return tf.io.encode_png(tf.cast(_label_map(logits)[0, ..., None], dtype))
 

@@ -10,8 +10,6 @@ must give the logits of the backend that trained the model, before it gets its n
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from tqdm.auto import tqdm
 import keras_vit
 from export.checks import reference_images
 from export.saved_model import labels_of, logits_on_cpu, prepare, run_worker
+from export.versions import staging
 from keras_vit.embedding import Preprocess
 from keras_vit.model_file import read_model, replacing
 
@@ -79,26 +78,22 @@ def export_to(
             f"{name} holds less than 2 GiB in a file, and the weights take "
             f"{size / 2**30:.1f} GiB: export to OpenVINO (.xml) or a SavedModel."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the path, so that its files get their names by renaming.
-    scratch = Path(tempfile.mkdtemp(prefix=".exporting-", dir=path.parent.resolve()))
     bar = tqdm(total=len(STAGES), unit=" stages", disable=not progress)
-    try:
-        with bar:
-            bar.set_description(STAGES[0])
-            metadata = _metadata(model, labels)
-            job = prepare(model, scratch, scratch / path.name, labels)
-            job["metadata"] = json.dumps(metadata)
-            run_worker(job, bar, "export.target_worker")
-            bar.set_description("check")
-            _check(model, scratch / path.name, metadata, job["tolerance"])
-            bar.update()
-            bar.set_description("publish")
-            _publish(scratch / path.name, path)
-            bar.update()
-            bar.set_description("exported")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    # Beside the path, so that its files get their names by renaming.
+    with staging(path.parent) as scratch, bar:
+        scratch.mkdir()
+        bar.set_description(STAGES[0])
+        metadata = _metadata(model, labels)
+        job = prepare(model, scratch, scratch / path.name, labels)
+        job["metadata"] = json.dumps(metadata)
+        run_worker(job, bar, "export.target_worker")
+        bar.set_description("check")
+        _check(model, scratch / path.name, metadata, job["tolerance"])
+        bar.update()
+        bar.set_description("publish")
+        _publish(scratch / path.name, path)
+        bar.update()
+        bar.set_description("exported")
     return path
 
 

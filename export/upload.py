@@ -30,7 +30,8 @@ def upload(version: str | Path, url: str, *, progress: bool = True) -> str:
         The URL of the version.
 
     Raises:
-        FileExistsError: If the store has another version of this number.
+        FileExistsError: If the store has another version of this number, or the folder
+            any.
         ValueError: If it is no whole version directory.
         OSError: If the store does not have all bytes in the end.
     """

@@ -374,6 +374,9 @@ def prune(directory: str | Path, keep: int = 3) -> list[int]:
         hidden = directory / f"{PRUNED}{uuid.uuid4().hex}"
         os.rename(path, hidden)
         sync_one(directory)
-        shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+        if hidden.is_dir() and not hidden.is_symlink():
+            shutil.rmtree(hidden, ignore_errors=True)  # another may sweep it meanwhile
+        else:
+            hidden.unlink(missing_ok=True)
     sweep(directory)
     return sorted(old)

@@ -20,6 +20,7 @@ import keras_vit
 from export.bundle import BATCH_SIZES, complete
 from export.checks import reference_images, sampled
 from export.checksums import write_checksums
+from export.requests import waves
 from export.signatures import Contract, Functions, Servable, signatures
 from keras_vit.embedding import Preprocess
 
@@ -115,9 +116,7 @@ def rebuild(job: dict) -> keras.Model | None:
 
 def reference_file(answer) -> dict:
     """A small PNG, and what the graph, run in Python, says of it."""
-    y, x = np.mgrid[0:60, 0:80].astype("float32")
-    waves = [np.sin(x / 7 + i) * np.cos(y / 5 - i) * 100 + 128 for i in range(3)]
-    png = tf.io.encode_png(np.stack(waves, -1).astype("uint8"))
+    png = tf.io.encode_png(waves(60, 80))
     outputs = answer(png[None])
     key = "probabilities" if "probabilities" in outputs else "label_map_bytes"
     value = outputs[key][0].numpy()

@@ -105,6 +105,19 @@ def test_lines_and_parquet_hold_the_same(
     assert sum(row["valid"] for row in rows) == 9
 
 
+def test_a_name_that_is_no_utf_8_is_an_image_like_others(artifact, photos, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Path(os.fsdecode(name)).write_bytes((photos / "0.png").read_bytes())
+    (tmp_path / "link.png").symlink_to(photos / "0.png")
+    source = open_source(str(tmp_path))
+    before = source.fingerprint()
+    written = predict_batch(artifact, tmp_path, tmp_path / "a.csv", progress=False)
+    assert [row["valid"] for row in read(written.out)] == ["true", "true"]
+    assert read(written.out)[0]["file"].endswith("caf\ufffd.png")
+    os.utime(photos / "0.png", (1, 1))  # what the link leads to is another now
+    assert source.fingerprint() != before
+
+
 def test_a_runtime_that_died_is_opened_again(artifact, photos):
     images = open_source(str(photos / "0.png"))
     with Predictor(artifact) as predictor:

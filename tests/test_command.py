@@ -280,6 +280,7 @@ def test_predict_names_the_damaged_file_and_answers_the_rest(
             "models that answer for each pixel or each token; this model gives one",
         ),
         ("train digits --data digit_scenes:5000", "32..256 pixels, got 5000."),
+        ("predict {work}/models/digits {work}/images --label-maps x", "000_labels.png"),
         ("train digits --labels maps", "that label tokens, 'digits' labels none; add"),
         ("train digits --set family=Vit", "got 'Vit'. Did you mean 'ViT'?"),
         ("export {empty} out", "must be a run directory with run.json"),

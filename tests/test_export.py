@@ -175,13 +175,13 @@ def test_versions_follow_each_other_and_are_never_changed(artifact, model):
     assert export_saved_model(model, folder, version=7, progress=False).name == "7"
     with pytest.raises(FileExistsError, match=r"has \[1, 7\], got 7"):
         export_saved_model(model, folder, version=7, progress=False)
-    assert export_saved_model(model, folder, progress=False).name == "8"
+    others = [f"other {label}" for label in LABELS]
+    assert export_saved_model(model, folder, others, version=3, progress=False)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["1", "7", "8", "bundle"]
-    assert (
-        "versions: 7 versions: 8"
-        in (folder / "bundle/models.canary.config").read_text()
-    )
+    assert names == ["1", "3", "7", "bundle"]
+    bundle = folder / "bundle"  # is that of the newest
+    assert "versions: 3 versions: 7" in (bundle / "models.canary.config").read_text()
+    assert "Classes: 0 other" not in (bundle / "README.md").read_text()
 
 
 @pytest.mark.slow

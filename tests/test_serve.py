@@ -227,6 +227,12 @@ def grpc_mistakes(serving):
     yield request_of(serving, [png()], "none"), "FAILED_PRECONDITION"
     yield request_of(serving, [], "images", images=floats), "INVALID_ARGUMENT"
     yield request_of(serving, [], other=floats), "INVALID_ARGUMENT"
+    many = request_of(serving, [png()])
+    for i in range(1000):  # 64 GB, if they were unpacked before they are refused
+        many.inputs[f"{i}"].dtype = pb.DataType.Value("DT_UINT8")
+        many.inputs[f"{i}"].tensor_shape.dim.add(size=64 * 2**20)
+        many.inputs[f"{i}"].int_val.append(0)
+    yield many, "INVALID_ARGUMENT"
     yield request_of(serving, [], image_bytes=floats), "INVALID_ARGUMENT"
     unknown = request_of(serving, [png()])
     unknown.output_filter.append("none")

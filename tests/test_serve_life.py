@@ -16,6 +16,8 @@ import pytest
 from serving import Serving, ask, b64, png, run_command, shared_artifact
 
 from export.server import Server
+from export.server_metrics import Metrics
+from export.server_models import Model
 from export.server_service import Limits
 from export.session import strings
 from export.warmup import request, write_warmup
@@ -93,6 +95,74 @@ def test_a_version_that_does_not_load_leaves_the_one_before(folder):
         (broken,) = serving.get("/versions/2")[1]["model_version_status"]
         assert broken["status"]["error_code"] != "OK"
         assert serving.post({"instances": [b64(png())]})[0] == 200
+
+
+def in_loop(folder, follow):
+    """Run a coroutine function of a model that has loaded what is there."""
+
+    async def run():
+        model = Model(folder, None, Metrics())
+        await model.poll()
+        try:
+            async with asyncio.timeout(300):
+                return await follow(model)
+        finally:
+            await model.close()
+
+    return asyncio.run(run())
+
+
+def test_a_version_is_unloaded_when_all_who_asked_are_answered(folder, tmp_path):
+    """As a large request that is still being read while the version goes."""
+
+    async def follow(model):
+        with model.find("tiny") as served:
+            (folder / "1").rename(tmp_path / "gone")
+            await model.poll()
+            await asyncio.sleep(0.5)
+            assert model.served is None and model.states[1].state == "UNLOADING"
+            inputs = {"image_bytes": strings([png()])}
+            return await served.batcher.submit("serving_default", inputs, 1)
+
+    assert in_loop(folder, follow)["valid"].tolist() == [True]
+
+
+@pytest.mark.parametrize("odd", [b"max_batch_size { value: 0x20 }", b"# \xe9"])
+def test_a_version_with_odd_parameters_stops_nothing(folder, odd):
+    async def follow(model):
+        shutil.copytree(folder / "1", folder / "2")
+        (folder / "2" / "batching_params.pbtxt").write_bytes(odd)
+        await model.poll()
+        assert model.served.number == 1
+        (folder / "2").rename(folder / "left")
+        shutil.copytree(folder / "1", folder / "3")
+        await model.poll()
+        return model.served.number, model.states[2].message
+
+    number, told = in_loop(folder, follow)
+    assert number == 3 and "batching_params.pbtxt cannot be read" in told
+
+
+def test_a_folder_that_cannot_be_listed_is_not_one_without_versions(folder, tmp_path):
+    async def follow(model):
+        folder.rename(tmp_path / "unmounted")
+        await model.poll()
+        there = model.served
+        folder.mkdir()
+        await model.poll()
+        return there, model.served
+
+    there, gone = in_loop(folder, follow)
+    assert there is not None and gone is None
+
+
+def test_version_0_is_version_0(folder):
+    (folder / "1").rename(folder / "0")
+
+    async def follow(model):
+        return model.served.number
+
+    assert in_loop(folder, follow) == in_loop(folder / "0", follow) == 0
 
 
 def write_warm_up(version, signature):

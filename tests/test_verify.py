@@ -76,6 +76,23 @@ def test_what_is_not_of_a_version_is_found(artifact, tmp_path):
     (copy / "assets.extra/manifest.json").write_text("{")
     assert "damaged: assets.extra/manifest.json" in checks.of_files(copy).detail
     assert not checks.manifest_of(copy)[1].ok
+    (copy / "assets.extra/SHA256SUMS").write_bytes(b"\xe9")
+    assert "SHA256SUMS: 'utf-8' codec" in checks.of_files(copy).detail
+
+
+@pytest.mark.slow
+def test_a_damaged_manifest_is_a_report(artifact, tmp_path):
+    copy = tmp_path / "1"
+    shutil.copytree(artifact, copy)
+    path = copy / "assets.extra/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["reference_file"]["png"] = "a"
+    manifest["batch_sizes"] = None
+    path.write_text(json.dumps(manifest))
+    failed = failing(copy)
+    assert "cannot be checked: Error Invalid base64" in failed.pop("answer for a file")
+    assert "cannot be checked: TypeError" in failed.pop("warm-up")
+    assert list(failed) == ["checksums"]
 
 
 def flip(path):

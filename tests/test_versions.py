@@ -374,6 +374,15 @@ def test_a_version_loses_its_number_before_its_first_file(tmp_path, monkeypatch)
     assert seen == [(True, "2")]
 
 
+def test_a_link_to_a_version_is_pruned_and_what_it_leads_to_is_left(tmp_path):
+    add(tmp_path / "elsewhere")
+    models = tmp_path / "models"
+    add(models, 2)
+    (models / "1").symlink_to(tmp_path / "elsewhere/1")
+    assert prune(models, keep=1) == [1] and names(models) == ["2"]
+    assert problem(tmp_path / "elsewhere/1") is None
+
+
 def test_a_version_is_described_by_its_own_files(tmp_path):
     add(tmp_path)
     add(tmp_path)
