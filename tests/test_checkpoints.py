@@ -236,9 +236,12 @@ def short(forks, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_at_any_moment_it_ends_as_if_undisturbed(forks, short, tmp_path, number):
-    count = 10 if keras.backend.backend() == "tensorflow" else 5  # 20 on all three
+@pytest.mark.parametrize("number, count", [(signal.SIGKILL, 10), (signal.SIGTERM, 5)])
+def test_killed_at_any_moment_it_ends_as_if_undisturbed(
+    forks, short, tmp_path, number, count
+):
+    if keras.backend.backend() != "tensorflow":
+        count = 5  # 20 kills on all three
     expected, seconds = short
     moments = np.random.default_rng(0).uniform(0, seconds, count)
     found = []
