@@ -28,7 +28,8 @@ def test_demo(tmp_path):
 def test_each_part_of_the_demo_on_another_backend(tmp_path, backend):
     """Its steps as commands, with less training."""
     pytest.importorskip(backend, reason="this backend is not installed")
-    run(tmp_path, backend, "train", "digits", "--set", "epochs=3")
+    run(tmp_path, backend, "train", "digits", "--set", "epochs=4")
     run(tmp_path, backend, "export", "runs/digits", "models/digits")
     result = run(tmp_path, backend, "verify", "models/digits")
-    assert "all 26 checks hold" in result.stdout, result.stdout
+    told = " ".join(result.stdout.split())  # a table has the width of a terminal
+    assert "all 26 checks hold" in told, result.stdout
