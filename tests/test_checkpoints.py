@@ -243,20 +243,22 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(
     if keras.backend.backend() != "tensorflow":
         count = 5  # 20 kills on all three
     expected, seconds = short
-    moments = np.random.default_rng(0).uniform(0, seconds, count)
-    found = []
-    for i, moment in enumerate(moments):
+    draw, found = np.random.default_rng(0), []
+    for i in range(count):
+        moment = draw.uniform(i, i + 1) / count * seconds
         run_dir, status = tmp_path / f"{i}", 0
         while status == 0:  # it ended before: again, and earlier
             shutil.rmtree(run_dir, ignore_errors=True)
             status, _ = forks(run_dir, moment, number)
-            moment *= 0.8
+            moment *= 0.9
         assert status in ENDED[number]
         there = (run_dir / "run.json").exists()
         path, _ = find_state(run_dir) if there else (None, "")
         found.append(str(read_state(path)[0]) if path else "nothing")
         assert forks(run_dir)[0] == 0
         check_same_end(run_dir, expected)
+        if set(found) == {"nothing"}:  # a machine with other work is slower
+            seconds *= 1.3
     print(f"what {count} runs had saved: {', '.join(found)}")
     assert len(set(found)) > 1
 
