@@ -7,7 +7,7 @@ DIGITS = [
     Recipe(
         name="digits",
         source="made for this package",
-        cost="about a minute on 2 CPU cores",
+        cost="about 2 minutes on 2 CPU cores",
         expected="97 to 99 % of the 360 held-out images",
         data="digits",
         model={
