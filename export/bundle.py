@@ -115,8 +115,8 @@ def write_bundle(
     sizes = manifest["batch_sizes"]
     with staging(directory) as hidden:
         hidden.mkdir()
-        pinned = _pinned(directory / BUNDLE / "models.config")
-        for file, text in _texts(name, manifest, signatures, found, pinned).items():
+        pins = pinned(directory)
+        for file, text in _texts(name, manifest, signatures, found, pins).items():
             (hidden / file).write_text(text)
         (hidden / "batching_params.pbtxt").write_text(batching_parameters(sizes))
         _write_requests(hidden / "requests", name, manifest, signatures)
@@ -126,8 +126,13 @@ def write_bundle(
     return directory / BUNDLE
 
 
-def _pinned(config: Path) -> str | None:
-    """The text of a configuration that pins versions."""
+def pinned(directory: Path) -> str | None:
+    """The text of `bundle/models.config` where it pins versions.
+
+    Raises:
+        ValueError: If it cannot be read; it is written by hand then.
+    """
+    config = directory / BUNDLE / "models.config"
     text = config.read_text() if config.is_file() else ""
     if "specific" not in text:
         return None

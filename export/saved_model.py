@@ -19,7 +19,7 @@ import keras
 from tqdm.auto import tqdm
 
 import keras_vit
-from export.bundle import served_name, write_bundle
+from export.bundle import pinned, served_name, write_bundle
 from export.checks import reference_images, sampled
 from export.verify import Report, verify
 from export.versions import publish, staging, versions
@@ -74,7 +74,8 @@ def export_saved_model(
         FileNotFoundError: If the file does not exist.
         FileExistsError: If the version exists already; versions are never changed.
         ValueError: If the file is no model, `labels` does not fit, the rebuilt model
-            answers differently, or the artifact does not pass `verify`.
+            answers differently, the artifact does not pass `verify`, or
+            `bundle/models.config` was changed by hand and cannot be read.
         RuntimeError: If the child process fails.
     """
     directory = Path(directory)
@@ -83,6 +84,7 @@ def export_saved_model(
         raise FileExistsError(
             f"version must be a new number; {directory} has {taken}, got {version}."
         )
+    pinned(directory)  # before anything is written
     model = model_or_file
     if not isinstance(model, keras.Model):
         model = read_model(model_or_file)

@@ -206,6 +206,17 @@ def test_a_failed_export_leaves_nothing_behind(model, tmp_path, monkeypatch):
     assert list((tmp_path / "m").iterdir()) == []
 
 
+def test_nothing_is_exported_beside_a_configuration_that_cannot_be_read(
+    model, tmp_path
+):
+    config = tmp_path / "m" / "bundle" / "models.config"
+    config.parent.mkdir(parents=True)
+    config.write_text("model_version_policy { specific { version 1 } }")
+    with pytest.raises(ValueError, match="must be a ModelServerConfig in text form"):
+        export_saved_model(model, tmp_path / "m", progress=False)
+    assert list((tmp_path / "m").iterdir()) == [config.parent]
+
+
 def test_a_rebuilt_model_that_differs_is_not_exported(model, tmp_path, monkeypatch):
     wrong = lambda *_: np.ones((4, 4))  # noqa: E731
     monkeypatch.setattr("export.saved_model.logits_on_cpu", wrong)
