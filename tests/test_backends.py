@@ -46,6 +46,7 @@ EXPORT = TESTS / "test_export.py"
 TARGETS = TESTS / "test_export_targets.py"
 PARITY = f"{EXPORT}::test_one_cpvt_artifact_answers_every_size"
 SLOW = (
+    f"{EXPORT}::test_a_position_within_the_attention_is_exported",
     f"{EXPORT}::test_both_heads_of_an_lvvit_are_exported",
     f"{TARGETS}::test_every_target_is_written_from_any_backend[.tflite]",
 )

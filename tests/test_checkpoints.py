@@ -236,29 +236,25 @@ def short(forks, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, count", [(signal.SIGKILL, 10), (signal.SIGTERM, 5)])
+@pytest.mark.parametrize("number, count", [(signal.SIGKILL, 20), (signal.SIGTERM, 5)])
 def test_killed_at_any_moment_it_ends_as_if_undisturbed(
     forks, short, tmp_path, number, count
 ):
-    if keras.backend.backend() != "tensorflow":
-        count = 5  # 20 kills on all three
     expected, seconds = short
-    draw, found = np.random.default_rng(0), []
-    for i in range(count):
-        moment = draw.uniform(i, i + 1) / count * seconds
+    moments = np.random.default_rng(0).uniform(0, seconds, count)
+    found = []
+    for i, moment in enumerate(moments):
         run_dir, status = tmp_path / f"{i}", 0
         while status == 0:  # it ended before: again, and earlier
             shutil.rmtree(run_dir, ignore_errors=True)
             status, _ = forks(run_dir, moment, number)
-            moment *= 0.9
+            moment *= 0.8
         assert status in ENDED[number]
         there = (run_dir / "run.json").exists()
         path, _ = find_state(run_dir) if there else (None, "")
         found.append(str(read_state(path)[0]) if path else "nothing")
         assert forks(run_dir)[0] == 0
         check_same_end(run_dir, expected)
-        if set(found) == {"nothing"}:  # a machine with other work is slower
-            seconds *= 1.3
     print(f"what {count} runs had saved: {', '.join(found)}")
     assert len(set(found)) > 1
 

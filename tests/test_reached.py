@@ -1,4 +1,4 @@
-"""That the longer recipes learn; `benchmarks/segmentation.py` shows how far."""
+"""What recipes say that they reach."""
 
 import os
 
@@ -7,12 +7,12 @@ from test_command import program
 
 
 @pytest.mark.slow
-def test_digits_segmentation_learns_and_keeps_it_on_another_canvas(tmp_path):
-    """8 of its 20 epochs, then a canvas that it never saw."""
+def test_digits_segmentation_reaches_what_it_says(tmp_path):
+    """Its whole training, then a canvas that it never saw."""
     options = {"cwd": tmp_path, "env": os.environ}
-    result = program("train", "digits_segmentation", "--set", "epochs=8", **options)
+    result = program("train", "digits_segmentation", **options)
     assert result.returncode == 0, result.stdout + result.stderr
-    for size, least in ((64, 0.6), (96, 0.6)):
+    for size, least in ((64, 0.75), (96, 0.75)):
         data = f"digit_scenes:{size}"
         arguments = ("evaluate", "runs/digits_segmentation", "--data", data)
         result = program(*arguments, **options)

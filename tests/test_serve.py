@@ -314,7 +314,7 @@ def test_where_it_is_allowed_a_large_request_is_split():
 
 def test_the_printed_curl_line_works_as_it_is_printed(serving):
     if shutil.which("curl") is None:
-        pytest.skip("no curl")
+        pytest.skip("what is printed is a line for curl, which is not here")
     line = re.search(r"^ *(curl .*)$", serving.told, re.M)[1]
     told = subprocess.run(line, shell=True, capture_output=True, text=True).stdout
     assert '"classes"' in told and "error" not in told
