@@ -10,6 +10,7 @@ from keras import layers, ops
 from keras_vit import kernels
 from keras_vit.embedding import PatchEmbedding
 from keras_vit.initialization import initializer
+from keras_vit.normalization import LayerNormalization
 from keras_vit.relative import RelativePositionBias, RotaryPosition
 
 serializable = keras.saving.register_keras_serializable("keras_vit")
@@ -121,21 +122,21 @@ class SelfAttention(layers.Layer):
         )
 
     def _norm(self, name):
-        return layers.LayerNormalization(
+        return LayerNormalization(
             epsilon=self.epsilon, dtype=self.dtype_policy, name=name
         )
 
     def compute_output_shape(self, tokens_shape, grid_shape=None):
         return tokens_shape
 
-    def call(self, tokens, grid=None, training=None):
-        batch, length = ops.shape(tokens)[:2]
+    def call(self, tokens, grid=None, residual=None, training=None):
+        batch, length = kernels.rows(tokens)
         dim = tokens.shape[-1]
         head_dim = dim // self.num_heads
         qkv = kernels.dense(self.qkv, tokens)  # (B, N, 3 D)
         qkv = ops.reshape(qkv, (batch, length, 3, self.num_heads, head_dim))
         qkv = ops.transpose(qkv, (2, 0, 3, 1, 4))  # (3, B, H, N, d)
-        query, key, value = qkv[0], qkv[1], qkv[2]
+        query, key, value = ops.unstack(qkv, 3)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
@@ -145,7 +146,15 @@ class SelfAttention(layers.Layer):
         x = kernels.attention(query, key, value, dropout, bias)
         x = ops.transpose(x, (0, 2, 1, 3))  # (B, N, H, d)
         x = ops.reshape(x, (batch, length, dim))
-        return self.dropout(kernels.dense(self.project, x), training=training)
+        return added(self.project, x, residual, self.dropout, training)
+
+
+def added(layer, x, residual, dropout, training):
+    """What a Dense makes of `x` `(B, N, _)`, some of it dropped, and the residual."""
+    if not (training and dropout.rate):
+        return kernels.dense(layer, x, residual=residual)
+    x = dropout(kernels.dense(layer, x), training=True)
+    return x if residual is None else residual + x
 
 
 def _dropout_of_weights(dropout, training):
@@ -227,7 +236,7 @@ class SpatialReductionAttention(layers.Layer):
                 dtype=self.dtype_policy,
                 name="reduce",
             )
-            self.norm = layers.LayerNormalization(
+            self.norm = LayerNormalization(
                 epsilon=self.epsilon, dtype=self.dtype_policy, name="norm"
             )
             self.reduce.build((*grid_shape[:3], dim))
@@ -245,8 +254,8 @@ class SpatialReductionAttention(layers.Layer):
     def compute_output_shape(self, tokens_shape, grid_shape):
         return tokens_shape
 
-    def call(self, tokens, grid, training=None):
-        batch, length = ops.shape(tokens)[:2]
+    def call(self, tokens, grid, residual=None, training=None):
+        batch, length = kernels.rows(tokens)
         dim = tokens.shape[-1]
         head_dim = dim // self.num_heads
         query = kernels.dense(self.query, tokens)
@@ -254,13 +263,13 @@ class SpatialReductionAttention(layers.Layer):
         query = ops.transpose(query, (0, 2, 1, 3))  # (B, H, h w, d)
         reduced = self._reduce(tokens, grid)  # (B, M, D)
         x = kernels.dense(self.key_value, reduced)  # (B, M, 2 D)
-        x = ops.reshape(x, (batch, -1, 2, self.num_heads, head_dim))
-        x = ops.transpose(x, (2, 0, 3, 1, 4))  # (2, B, H, M, d)
+        shape = (*kernels.rows(reduced), 2, self.num_heads, head_dim)
+        x = ops.transpose(ops.reshape(x, shape), (2, 0, 3, 1, 4))  # (2, B, H, M, d)
         dropout = _dropout_of_weights(self.attention_dropout, training)
-        x = kernels.attention(query, x[0], x[1], dropout)
+        x = kernels.attention(query, *ops.unstack(x, 2), dropout)
         x = ops.transpose(x, (0, 2, 1, 3))  # (B, h w, H, d)
         x = ops.reshape(x, (batch, length, dim))
-        return self.dropout(kernels.dense(self.project, x), training=training)
+        return added(self.project, x, residual, self.dropout, training)
 
     def _reduce(self, tokens, grid):
         if self.sr_ratio == 1:

@@ -15,6 +15,7 @@ from keras import layers
 from keras_vit.embedding import PixelNormalization, PrefixTokens
 from keras_vit.head import AttentionPool, Classifier, MeanPool, TokenPool
 from keras_vit.initialization import initializer
+from keras_vit.normalization import LayerNormalization
 from keras_vit.position import PEG
 from keras_vit.transformer import TransformerBlock
 
@@ -240,7 +241,7 @@ def blocks(
 
 def norm(row, name="norm"):
     """The LayerNorm after the last block, or at another place of that name."""
-    return layers.LayerNormalization(epsilon=row.epsilon, name=name)
+    return LayerNormalization(epsilon=row.epsilon, name=name)
 
 
 def classify(

@@ -12,6 +12,7 @@ from keras import layers, ops
 
 from keras_vit import kernels
 from keras_vit.initialization import initializer
+from keras_vit.normalization import LayerNormalization
 from keras_vit.transformer import MLP
 
 serializable = keras.saving.register_keras_serializable("keras_vit")
@@ -200,9 +201,7 @@ class AttentionPool(layers.Layer):
         self.num_heads = num_heads
         self.num_prefix = num_prefix
         self.initialization = initialization
-        self.norm = layers.LayerNormalization(
-            epsilon=epsilon, dtype=policy, name="norm"
-        )
+        self.norm = LayerNormalization(epsilon=epsilon, dtype=policy, name="norm")
         self.mlp = MLP(mlp_ratio, gelu, 0.0, initialization, dtype=policy, name="mlp")
 
     def build(self, tokens_shape):

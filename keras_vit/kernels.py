@@ -11,26 +11,94 @@ import keras
 from keras import ops
 
 
-def dense(layer, tokens):
+def rows(tokens):
+    """B and N of `(B, N, D)`, for a reshape; B is -1 where N is static.
+
+    A reshape to constants costs TensorFlow nothing.
+    """
+    if tokens.shape[1] is None:
+        return ops.shape(tokens)[:2]
+    return -1, tokens.shape[1]
+
+
+def dense(layer, tokens, gelu=None, residual=None):
     """Apply a `keras.layers.Dense` to every token as one two-dimensional product.
 
-    TensorFlow fuses matmul, bias and GELU into one oneDNN kernel only for a product
-    of two matrices; elsewhere the reshapes cost nothing.
+    TensorFlow makes one oneDNN kernel of the product of two matrices, its bias and
+    either a GELU or the sum with a residual, if nothing stands between them; elsewhere
+    the reshapes cost nothing.
 
     Args:
         layer: A built `keras.layers.Dense`.
         tokens: `(B, N, D)`.
+        gelu: `"exact"`, `"tanh"` or `"quick"` for what follows the product; or None.
+        residual: `(B, N, units)`, added to the result; or None.
 
     Returns:
         `(B, N, units)`.
     """
-    length = tokens.shape[1]
-    if length is None:
-        batch, length = ops.shape(tokens)[:2]
-    else:
-        batch = -1  # a constant shape in the graph
-    flat = ops.reshape(tokens, (-1, tokens.shape[-1]))  # (B N, D)
-    return ops.reshape(layer(flat), (batch, length, layer.units))
+    batch, length = rows(tokens)
+    x = layer(ops.reshape(tokens, (-1, tokens.shape[-1])))  # (B N, units)
+    if gelu is not None:
+        x = _gelu(x, gelu)
+    if residual is not None:
+        x = _add(ops.reshape(residual, (-1, layer.units)), x)
+    return ops.reshape(x, (batch, length, layer.units))
+
+
+def _gelu(x, kind):
+    if kind == "quick":
+        return x * ops.sigmoid(1.702 * x)
+    # TensorFlow sorts factors by name before it looks for a GELU, which it knows only
+    # if what comes in stands first: "expand" before "gelu".
+    with keras.name_scope("gelu"):
+        return ops.gelu(x, approximate=kind == "tanh")
+
+
+def _add(x, y):
+    if keras.backend.backend() != "tensorflow":
+        return x + y
+    import tensorflow as tf
+
+    return tf.add_n([x, y])  # of one shape by definition, so it can be fused
+
+
+def layer_norm(x, gamma, beta, epsilon):
+    """Normalise the last axis; mean and variance are float32 under every policy.
+
+        (x - mean) / sqrt(variance + epsilon) * gamma + beta
+
+    For TensorFlow it is written as a batch normalisation of B N channels: its remapper
+    makes one oneDNN kernel of just that on a CPU, and there is a fused one elsewhere.
+
+    Args:
+        x: `(B, N, D)`.
+        gamma: float32 `(D,)`.
+        beta: float32 `(D,)`.
+        epsilon: Added to the variance.
+
+    Returns:
+        `(B, N, D)`, of the dtype of `x`.
+    """
+    if keras.backend.backend() != "tensorflow" or x.dtype == "float16":
+        return ops.cast(ops.layer_normalization(x, gamma, beta, -1, epsilon), x.dtype)
+    import tensorflow as tf
+
+    shape = tf.shape(x)
+    rows = tf.reduce_prod(shape[:-1])
+    one, nothing = tf.fill([rows], 1.0), tf.fill([rows], 0.0)
+    y, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=tf.reshape(x, [1, rows, x.shape[-1], 1]),
+        scale=one,
+        offset=nothing,
+        mean=tf.constant([], tf.float32),
+        variance=tf.constant([], tf.float32),
+        epsilon=epsilon,
+        is_training=True,
+        data_format="NCHW",
+    )
+    y = tf.reshape(y, shape)
+    return y * tf.cast(gamma, y.dtype) + tf.cast(beta, y.dtype)
 
 
 def attention(query, key, value, dropout=None, bias=None):

@@ -14,6 +14,7 @@ from keras import layers
 from keras_vit import encoder
 from keras_vit.embedding import FeatureMap, PatchEmbedding, PrefixTokens
 from keras_vit.head import MeanPool
+from keras_vit.normalization import LayerNormalization
 from keras_vit.position import PEG
 from keras_vit.transformer import PyramidBlock
 
@@ -161,9 +162,9 @@ def _stage(x, row, stage, drop_path, dropout, attention_dropout):
         name=f"{name}_patches",
     )(x)
     x = PrefixTokens(class_token=False, name=f"{name}_tokens")(grid)
-    x = layers.LayerNormalization(
-        epsilon=row.reduction_epsilon, name=f"{name}_patches_norm"
-    )(x)
+    x = LayerNormalization(epsilon=row.reduction_epsilon, name=f"{name}_patches_norm")(
+        x
+    )
     if dropout:
         x = layers.Dropout(
             dropout, noise_shape=(None, None, None), name=f"{name}_dropout"

@@ -15,6 +15,7 @@ import keras
 from keras import layers, ops
 
 from keras_vit.embedding import FeatureMap
+from keras_vit.normalization import LayerNormalization
 from keras_vit.resampling import resize
 
 serializable = keras.saving.register_keras_serializable("keras_vit")
@@ -102,7 +103,7 @@ def _maps(backbone):
     dim = x.shape[-1]
     half = _transposed(dim // 2, "half")(x)
     quarter = _transposed(dim // 2, "quarter_1")(x)
-    quarter = layers.LayerNormalization(epsilon=1e-6, name="quarter_norm")(quarter)
+    quarter = LayerNormalization(epsilon=1e-6, name="quarter_norm")(quarter)
     quarter = layers.Activation("gelu", name="quarter_gelu")(quarter)
     quarter = _transposed(dim // 4, "quarter_2")(quarter)
     double = layers.MaxPooling2D(2, padding="same", name="double")(x)
@@ -145,7 +146,7 @@ def SemanticFPN(backbone, num_classes, *, channels=128, name=None):
     maps, stride = _maps(backbone)
     finer, fused = None, [None] * len(maps)
     for i in reversed(range(len(maps))):
-        x = layers.LayerNormalization(epsilon=1e-6, name=f"fpn{i}_norm")(maps[i])
+        x = LayerNormalization(epsilon=1e-6, name=f"fpn{i}_norm")(maps[i])
         x = layers.Conv2D(channels, 1, name=f"fpn{i}_lateral")(x)
         if finer is not None:
             up = Upsample(2, name=f"fpn{i}_up")(finer, x)

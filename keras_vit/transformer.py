@@ -4,12 +4,19 @@ Shapes in this file:
     B batch, N tokens, D embedding.
 """
 
+import functools
+
 import keras
-from keras import layers, ops
+from keras import layers
 
 from keras_vit import kernels
-from keras_vit.attention import SelfAttention, SpatialReductionAttention
+from keras_vit.attention import (
+    SelfAttention,
+    SpatialReductionAttention,
+    added,
+)
 from keras_vit.initialization import initializer
+from keras_vit.normalization import LayerNormalization
 
 serializable = keras.saving.register_keras_serializable("keras_vit")
 
@@ -108,15 +115,10 @@ class MLP(layers.Layer):
     def compute_output_shape(self, tokens_shape):
         return tokens_shape
 
-    def call(self, tokens, training=None):
-        x = kernels.dense(self.expand, tokens)
-        if self.gelu == "quick":
-            x = x * ops.sigmoid(1.702 * x)
-        else:
-            x = ops.gelu(x, approximate=self.gelu == "tanh")
+    def call(self, tokens, residual=None, training=None):
+        x = kernels.dense(self.expand, tokens, self.gelu)
         x = self.dropout(x, training=training)
-        x = kernels.dense(self.reduce, x)
-        return self.dropout(x, training=training)
+        return added(self.reduce, x, residual, self.dropout, training)
 
 
 @serializable
@@ -181,9 +183,7 @@ class TransformerBlock(layers.Layer):
             raise ValueError(f"residual_scale must be positive, got {residual_scale}.")
         policy = self.dtype_policy
         self.residual_scale = residual_scale
-        self.norm1 = layers.LayerNormalization(
-            epsilon=epsilon, dtype=policy, name="norm1"
-        )
+        self.norm1 = LayerNormalization(epsilon=epsilon, dtype=policy, name="norm1")
         self.attention = self._attention(
             num_heads=num_heads,
             qkv_bias=qkv_bias,
@@ -194,9 +194,7 @@ class TransformerBlock(layers.Layer):
             initialization=initialization,
             position=position,
         )
-        self.norm2 = layers.LayerNormalization(
-            epsilon=epsilon, dtype=policy, name="norm2"
-        )
+        self.norm2 = LayerNormalization(epsilon=epsilon, dtype=policy, name="norm2")
         self.mlp = MLP(
             mlp_ratio, gelu, dropout, initialization, dtype=policy, name="mlp"
         )
@@ -224,12 +222,16 @@ class TransformerBlock(layers.Layer):
         return tokens_shape
 
     def call(self, tokens, grid=None, training=None):
-        x = self.attention(self.norm1(tokens), grid, training=training)
-        tokens = self._add(tokens, x, self.scale1, training)
-        x = self.mlp(self.norm2(tokens), training=training)
-        return self._add(tokens, x, self.scale2, training)
+        attention = functools.partial(self.attention, grid=grid, training=training)
+        mlp = functools.partial(self.mlp, training=training)
+        tokens = self._add(tokens, attention, self.norm1, self.scale1, training)
+        return self._add(tokens, mlp, self.norm2, self.scale2, training)
 
-    def _add(self, tokens, branch, scale, training):
+    def _add(self, tokens, branch, norm, scale, training):
+        drops = training and self.drop_path.rate
+        if scale is None and self.residual_scale == 1 and not drops:
+            return branch(norm(tokens), residual=tokens)  # which can be one operation
+        branch = branch(norm(tokens))
         if scale is not None:
             branch = scale(branch)
         branch = self.drop_path(branch, training=training)
