@@ -7,6 +7,8 @@ Shapes in this file:
     B batch, N and M tokens, D embedding, H heads, d = D / H.
 """
 
+import functools
+
 import keras
 from keras import ops
 
@@ -132,7 +134,8 @@ def attention(query, key, value, dropout=None, bias=None):
         )
         return ops.transpose(x, (0, 2, 1, 3))
     logits = ops.matmul(query * scale, ops.transpose(key, (0, 1, 3, 2)))
-    logits = ops.cast(logits, "float32")
+    if not (bias is None and logits.dtype == "bfloat16" and _sums_in_float32()):
+        logits = ops.cast(logits, "float32")
     if bias is not None:
         logits = logits + ops.cast(bias, "float32")
     if logits.shape[-1] == 1:  # Keras warns of a softmax over one
@@ -142,6 +145,23 @@ def attention(query, key, value, dropout=None, bias=None):
     if dropout is not None:
         weights = dropout(weights)
     return ops.matmul(ops.cast(weights, value.dtype), value)
+
+
+@functools.cache
+def _sums_in_float32():
+    """Whether TensorFlow's softmax of bfloat16 is that of float32, rounded once.
+
+    oneDNN's is, which spares two casts of the largest tensor of a block; it is asked,
+    as the kernel for a processor without oneDNN sums in bfloat16.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    with tf.init_scope():
+        x = tf.cast(tf.linspace(-4.0, 4.0, 197)[None], "bfloat16")
+        rounded = tf.cast(tf.nn.softmax(tf.cast(x, "float32")), "bfloat16")
+        return bool(tf.reduce_all(tf.nn.softmax(x) == rounded))
 
 
 def _has_fused_attention():
