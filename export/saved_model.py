@@ -16,11 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import keras
+import numpy as np
 from tqdm.auto import tqdm
 
 import keras_vit
 from export.bundle import pinned, served_name, write_bundle
 from export.checks import reference_images, sampled
+from export.precision import (
+    BATCH,
+    TOLERANCES,
+    Samples,
+    check_precision,
+    compare,
+    computes_in,
+    synthetic,
+)
 from export.verify import Report, verify
 from export.versions import publish, staging, versions
 from keras_vit.embedding import Preprocess
@@ -28,11 +38,6 @@ from keras_vit.head import class_labels
 from keras_vit.model_file import read_model
 
 STAGES = ("save", "rebuild", "trace", "write", "verify", "publish")
-TOLERANCES = {
-    "float32": 1e-5,
-    "float16": 1e-2,
-    "bfloat16": 5e-2,
-}  # of max(1, max |logit|)
 
 
 def export_saved_model(
@@ -43,6 +48,9 @@ def export_saved_model(
     version: int | None = None,
     top_k: int = 5,
     max_pixels: int | None = None,
+    precision: str | None = None,
+    freeze: bool | None = None,
+    samples: np.ndarray | tuple[np.ndarray, np.ndarray] | None = None,
     progress: bool = True,
 ) -> Path:
     """Export a model as `<directory>/<version>/` for TensorFlow Serving.
@@ -55,6 +63,10 @@ def export_saved_model(
     model records it. A model of label maps of any size sees a file as it is; one of
     fixed size sees it resized, never cropped, and its logits are resized back.
 
+    Constant factors (LayerScale, the scale of attention, mean and deviation of pixels)
+    are multiplied into the weights; in float32 the answers are those of the model
+    within 1e-5 of max(1, max |logit|).
+
     Args:
         model_or_file: A model of this package, or a `.keras` file of one; any backend.
         directory: Folder of the model's versions, the `base_path` of the server.
@@ -65,6 +77,15 @@ def export_saved_model(
         max_pixels: The most pixels of a file; a larger one is not decoded. None for
             2^26, of a model of label maps 2^22, or 2^20 where it sees files as they
             are.
+        precision: `"float32"`, `"bfloat16"`, or None for what the model computes in.
+            Pixels and logits are float32 in each. Where it is less than the model's,
+            what it costs is measured on the artifact and written to its report.
+        freeze: Whether weights are constants of the graph, which TensorFlow packs
+            once on a CPU, and of which a server has a copy for each signature that is
+            asked; or variables, which are shared. None for constants in half precision
+            up to 256 MiB.
+        samples: Images that the precision is judged on: raw pixels `(N, H, W, 3)` of
+            0..255, or a pair of them and their labels; None for 32 of noise.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -74,8 +95,9 @@ def export_saved_model(
         FileNotFoundError: If the file does not exist.
         FileExistsError: If the version exists already; versions are never changed.
         ValueError: If the file is no model, `labels` does not fit, the rebuilt model
-            answers differently, the artifact does not pass `verify`, or
-            `bundle/models.config` was changed by hand and cannot be read.
+            answers differently, the artifact does not pass `verify`, `precision` is
+            unknown, weights of 2 GiB are to be frozen, or `bundle/models.config` was
+            changed by hand and cannot be read.
         RuntimeError: If the child process fails.
     """
     directory = Path(directory)
@@ -84,6 +106,7 @@ def export_saved_model(
         raise FileExistsError(
             f"version must be a new number; {directory} has {taken}, got {version}."
         )
+    check_precision(precision)
     pinned(directory)  # before anything is written
     model = model_or_file
     if not isinstance(model, keras.Model):
@@ -93,12 +116,16 @@ def export_saved_model(
     with staging(directory) as target, tempfile.TemporaryDirectory() as scratch, bar:
         bar.set_description(STAGES[0])
         job = prepare(model, Path(scratch), target, labels, top_k, max_pixels)
+        job |= {"precision": precision, "freeze": freeze}
         run_worker(job, bar)
         bar.set_description("verify")
         report = verify(target, progress=False)
         if not report.ok:
             raise ValueError(f"The artifact does not pass verify:\n{report}")
-        _record(target, report)
+        cost = None
+        if precision == "bfloat16" != computes_in(model):
+            cost = compare(target, _samples(model, samples))
+        _record(target, report, cost)
         bar.update()
         bar.set_description("publish")
         published = publish(target, directory, version)
@@ -138,15 +165,13 @@ def prepare(model, scratch, target, labels, top_k=1, max_pixels=None):
         reference |= {"shape": [1, height, width, 3], "step": -(-width // 32)}
     images = reference_images(reference["seed"], reference["shape"]).astype("float32")
     logits = sampled(logits_on_cpu(model, images), reference)
-    dtypes = {layer.compute_dtype for layer in model.layers}
-    half = [x for x in ("float16", "bfloat16") if x in dtypes]
     return {
         "model": str(scratch / "model.keras"),
         "target": str(target),
         "labels": labels,
         "top_k": min(top_k, len(labels)),
         "max_pixels": max_pixels,
-        "tolerance": TOLERANCES[half[0] if half else "float32"],
+        "tolerance": TOLERANCES[computes_in(model)],
         "reference": {**reference, "logits": logits.tolist()},
         "trained_with": keras.backend.backend(),
         "scratch": str(scratch),
@@ -210,6 +235,19 @@ def run_worker(job, bar, module="export.worker"):
             )
 
 
-def _record(target: Path, report: Report) -> None:
+def _samples(model, samples) -> Samples:
+    """What is given, or noise, and the logits of the model."""
+    images, labels = samples if isinstance(samples, tuple) else (samples, None)
+    if images is None:
+        images = synthetic(*Preprocess.of_model(model).image_size)
+    batches = range(0, len(images), BATCH)
+    logits = [
+        logits_on_cpu(model, images[i : i + BATCH].astype("float32")) for i in batches
+    ]
+    return Samples(images, labels, np.concatenate(logits))
+
+
+def _record(target: Path, report: Report, cost: dict | None) -> None:
     path = target / "assets.extra" / "report.json"
-    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+    told = report.as_dict() | {"precision": cost}
+    path.write_text(json.dumps(told, indent=2) + "\n")

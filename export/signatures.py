@@ -19,10 +19,12 @@ A row that is not valid costs itself only: its numbers are 0 and its texts are e
 Shapes: N rows, H x W pixels, C classes, k best classes, D features.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from export.features import answering
@@ -38,11 +40,16 @@ MODEL_PIXELS = 2**20  # where a model of any size sees what it is sent
 
 
 class Servable(tf.Module):
-    """The variables of a model, once each, and nothing else that could be saved."""
+    """The variables of a model, once each, and nothing else that could be saved.
 
-    def __init__(self, model: keras.Model):
+    Args:
+        model: Whose they are; None for one whose weights are constants of the graph.
+    """
+
+    def __init__(self, model: keras.Model | None):
         super().__init__()
-        self.weights = [variable.value for variable in model.weights]
+        weights = [] if model is None else model.weights
+        self.weights = [variable.value for variable in weights]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +78,20 @@ class Contract:
         return MODEL_PIXELS if None in model.input_shape[1:3] else MAP_PIXELS
 
 
-def signatures(model: keras.Model, contract: Contract) -> Functions:
+def signatures(
+    model: keras.Model,
+    contract: Contract,
+    values: Sequence[np.ndarray] | None = None,
+) -> Functions:
     """Trace the signatures of a model.
 
     Args:
         model: Raw images to logits `(N, C)`, or `(N, H, W, C)`, on the TensorFlow
             backend.
         contract: What it is served with.
+        values: Of `model.weights`, to be constants of the graph; None for variables.
     """
-    network = _network(model, contract)
+    network = _network(model, values)
     max_pixels = contract.pixels_of(model)
     if len(model.output_shape) == 4:
         return _of_segmenter(model, network, contract, max_pixels)
@@ -209,7 +221,7 @@ def _label_map(logits):
     return tf.argmax(logits, axis=-1, output_type=tf.int32)  # (N, H, W)
 
 
-def _network(model, contract):
+def _network(model, values):
     """All answers of the model, as the one function that every signature calls.
 
     A batch may be empty, which some kernels cannot take.
@@ -223,9 +235,19 @@ def _network(model, contract):
         missing = tf.maximum(1 - number, 0)
         images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
         images = tf.ensure_shape(images, spec.shape)
-        return {key: x[:number] for key, x in answers(images, training=False).items()}
+        with _weights(model, values):
+            found = answers(images, training=False)
+        return {key: x[:number] for key, x in found.items()}
 
     return network.get_concrete_function()
+
+
+def _weights(model, values):
+    """Scope in which the weights of a model are constants, if there are values."""
+    if values is None:
+        return contextlib.nullcontext()
+    pairs = zip(model.weights, map(tf.constant, values), strict=True)
+    return keras.StatelessScope(state_mapping=pairs)
 
 
 def _rows(values, valid):

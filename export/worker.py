@@ -20,6 +20,8 @@ import keras_vit
 from export.bundle import BATCH_SIZES, complete
 from export.checks import reference_images, sampled
 from export.checksums import write_checksums
+from export.frozen import constants, fold, set_precision
+from export.precision import TOLERANCES, computes_in
 from export.requests import waves
 from export.signatures import Contract, Functions, Servable, signatures
 from keras_vit.embedding import Preprocess
@@ -35,9 +37,18 @@ def main(path: str) -> None:
     preprocess = Preprocess.of_model(model)
     reference = job["reference"]
     say(next="trace")
-    servable = Servable(model)
+    precision = job["precision"] or computes_in(model)
+    fold(model, pixels=precision == "float32")
+    if job["precision"]:
+        set_precision(model, precision)
+    try:
+        values = constants(model, job["freeze"])
+    except ValueError as error:
+        say(problem=str(error))
+        return
+    servable = Servable(None if values is not None else model)
     contract = Contract(preprocess, job["labels"], job["top_k"], job["max_pixels"])
-    functions = signatures(model, contract)
+    functions = signatures(model, contract, values)
     say(next="write")
     target = Path(job["target"])
     tf.saved_model.save(servable, str(target), functions)
@@ -55,8 +66,10 @@ def main(path: str) -> None:
         "batch_sizes": BATCH_SIZES[: 4 if len(model.output_shape) == 4 else None],
         "max_pixels": contract.pixels_of(model),
         "signatures": contracts(functions),
-        "weight_bytes": sum(int(np.prod(v.shape)) * 4 for v in model.weights),
-        "tolerance": job["tolerance"],
+        "precision": precision,
+        "weights": "variables" if values is None else "constants",
+        "weight_bytes": sum(x.nbytes for x in values or model.get_weights()),
+        "tolerance": max(job["tolerance"], TOLERANCES[precision]),
         "reference": reference,
         "reference_file": reference_file(functions["serving_default"]),
         "trained_with": job["trained_with"],

@@ -162,6 +162,27 @@ def export(
     version: Annotated[
         int | None, typer.Option(help="Number.", show_default="the next one")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="float32 or bfloat16: what it computes in.",
+            show_default="that of the model",
+        ),
+    ] = None,
+    freeze: Annotated[
+        bool | None,
+        typer.Option(
+            help="Weights as constants: faster on a CPU, more memory.",
+            show_default="for bfloat16 up to 256 MiB",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="On whose held-out images a --precision is judged.",
+            show_default="that of a run, or noise",
+        ),
+    ] = None,
 ) -> None:
     """Export a model as a SavedModel that TensorFlow Serving answers from.
 
@@ -169,13 +190,17 @@ def export(
     OpenVINO instead.
     """
     from export import export_saved_model
+    from export.precision import check_precision, precision_cost
     from export.targets import TARGETS, check_target, export_to
+    from training.evaluation import held_out
     from training.files import model_file
 
     if directory.suffix in TARGETS:
         name = check_target(directory)
-        if version is not None:
-            raise ValueError(f"A file of {name} has no --version, got {version}.")
+        given = {"version": version, "precision": precision, "freeze": freeze}
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"A file of {name} has no --{option}, got {value}.")
 
     path, names = model_file(model)
     if labels is not None:
@@ -186,7 +211,20 @@ def export(
         written = export_to(path, directory, names)
         console.print(f"Exported, and checked in {name}'s own runtime: {written}")
         return
-    published = export_saved_model(path, directory, names, version=version)
+    check_precision(precision)
+    samples = held_out(path, data) if precision == "bfloat16" else None
+    published = export_saved_model(
+        path,
+        directory,
+        names,
+        version=version,
+        precision=precision,
+        freeze=freeze,
+        samples=samples,
+    )
+    cost = precision_cost(published)
+    if cost is not None:
+        console.print(f"{precision} beside the model, {cost}")
     console.print(f"Exported and verified: {published}")
     console.print(f"Next: keras-vit predict {published} IMAGE ...")
 

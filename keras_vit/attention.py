@@ -96,6 +96,7 @@ class SelfAttention(layers.Layer):
         dim = tokens_shape[-1]
         if dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide D, got D={dim}.")
+        self.scale = (dim // self.num_heads) ** -0.5
         if self.bias is not None:
             self.bias.build(tokens_shape, grid_shape)
         if self.rotary is not None:
@@ -143,7 +144,7 @@ class SelfAttention(layers.Layer):
             query, key = self.rotary(query, grid), self.rotary(key, grid)
         bias = None if self.bias is None else self.bias(tokens, grid)
         dropout = _dropout_of_weights(self.attention_dropout, training)
-        x = kernels.attention(query, key, value, dropout, bias)
+        x = kernels.attention(query, key, value, self.scale, dropout, bias)
         x = ops.transpose(x, (0, 2, 1, 3))  # (B, N, H, d)
         x = ops.reshape(x, (batch, length, dim))
         return added(self.project, x, residual, self.dropout, training)
@@ -223,6 +224,7 @@ class SpatialReductionAttention(layers.Layer):
         dim = tokens_shape[-1]
         if dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide D, got D={dim}.")
+        self.scale = (dim // self.num_heads) ** -0.5
         self.query = self._dense(dim, self.qkv_bias, "query")
         self.key_value = self._dense(2 * dim, self.qkv_bias, "key_value")
         self.project = self._dense(dim, True, "project")
@@ -266,7 +268,7 @@ class SpatialReductionAttention(layers.Layer):
         shape = (*kernels.rows(reduced), 2, self.num_heads, head_dim)
         x = ops.transpose(ops.reshape(x, shape), (2, 0, 3, 1, 4))  # (2, B, H, M, d)
         dropout = _dropout_of_weights(self.attention_dropout, training)
-        x = kernels.attention(query, *ops.unstack(x, 2), dropout)
+        x = kernels.attention(query, *ops.unstack(x, 2), self.scale, dropout)
         x = ops.transpose(x, (0, 2, 1, 3))  # (B, h w, H, d)
         x = ops.reshape(x, (batch, length, dim))
         return added(self.project, x, residual, self.dropout, training)

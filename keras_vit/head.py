@@ -208,6 +208,7 @@ class AttentionPool(layers.Layer):
         dim = tokens_shape[-1]
         if dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} must divide D, got D={dim}.")
+        self.scale = (dim // self.num_heads) ** -0.5
         self.probe = self.add_weight(
             shape=(1, 1, dim),
             initializer=initializer(self.initialization, "probe", dim),
@@ -242,7 +243,7 @@ class AttentionPool(layers.Layer):
         x = kernels.dense(self.key_value, tokens)  # (B, N, 2 D)
         x = ops.reshape(x, (batch, length, 2, self.num_heads, head_dim))
         x = ops.transpose(x, (2, 0, 3, 1, 4))  # (2, B, H, N, d)
-        x = kernels.attention(query, x[0], x[1])  # (B, H, 1, d)
+        x = kernels.attention(query, *ops.unstack(x, 2), self.scale)  # (B, H, 1, d)
         x = kernels.dense(self.project, ops.reshape(x, (batch, 1, dim)))
         x = x + self.mlp(self.norm(x))
         return x[:, 0]

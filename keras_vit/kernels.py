@@ -103,10 +103,10 @@ def layer_norm(x, gamma, beta, epsilon):
     return y * tf.cast(gamma, y.dtype) + tf.cast(beta, y.dtype)
 
 
-def attention(query, key, value, dropout=None, bias=None):
+def attention(query, key, value, scale, dropout=None, bias=None):
     """Scaled dot-product attention; the softmax is float32 under every policy.
 
-        softmax(q k^T / sqrt(d) + bias) v
+        softmax(scale q k^T + bias) v
 
     PyTorch, and JAX on an accelerator, use their fused kernel; which one follows
     `keras.config.is_flash_attention_enabled`. TensorFlow has none, and plain products
@@ -117,13 +117,13 @@ def attention(query, key, value, dropout=None, bias=None):
         query: `(B, H, N, d)`.
         key: `(B, H, M, d)`.
         value: `(B, H, M, d)`.
+        scale: Factor of the products, 1 / sqrt(d) unless it is in the queries already.
         dropout: Function of the attention weights `(B, H, N, M)`, or None.
         bias: `(1, H, N, M)`, or None.
 
     Returns:
         `(B, H, N, d)`.
     """
-    scale = query.shape[-1] ** -0.5
     if dropout is None and _has_fused_attention():
         flash = keras.config.is_flash_attention_enabled() and None  # False or automatic
         query, key, value = (
@@ -133,7 +133,8 @@ def attention(query, key, value, dropout=None, bias=None):
             query, key, value, bias, scale=scale, flash_attention=flash
         )
         return ops.transpose(x, (0, 2, 1, 3))
-    logits = ops.matmul(query * scale, ops.transpose(key, (0, 1, 3, 2)))
+    query = query if scale == 1 else query * scale
+    logits = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))
     if not (bias is None and logits.dtype == "bfloat16" and _sums_in_float32()):
         logits = ops.cast(logits, "float32")
     if bias is not None:

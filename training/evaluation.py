@@ -1,11 +1,16 @@
 """How good a model is on the held-out part of a dataset."""
 
+import json
+from pathlib import Path
+
 import keras
+import numpy as np
 from tqdm.auto import tqdm
 
+from keras_vit.model_file import read_model
 from training.batches import validation_batches
 from training.damage import HeldOutDamage, naming_what_stops
-from training.data import Dataset
+from training.data import Dataset, load_data
 from training.report import Judge, Report
 from training.task import IGNORED, check_fits, is_segmentation, preprocess_for
 
@@ -69,6 +74,34 @@ def examine(
             bar.update(len(images))
     damage.settle()
     return report
+
+
+def held_out(
+    model: Path, data: str | None = None, count: int = 512
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The first held-out images of a dataset, as a model sees them, and their labels.
+
+    Args:
+        model: A `.keras` file; that of a run knows its data.
+        data: As that of `load_data`; None for the data of the run.
+        count: How many at most.
+
+    Returns:
+        Raw pixels float32 `(N, H, W, 3)` and labels `(N, ...)`, -1 in pixels that do
+        not count; None for a file of no run without `data`.
+    """
+    run = model.parent / "run.json"
+    if data is None:
+        if not run.is_file():
+            return None
+        data = json.loads(run.read_text())["data"]["name"]
+    images = load_data(data)
+    preprocess = preprocess_for(read_model(model), images)
+    batches = validation_batches(images, preprocess, 64).take(-(-count // 64))
+    found = zip(*batches.as_numpy_iterator(), strict=True)
+    pixels, labels = (np.concatenate(x)[:count] for x in found)
+    labels = labels.astype("int64")
+    return pixels, np.where(labels == IGNORED, -1, labels) if images.masks else labels
 
 
 def _judged(model):
