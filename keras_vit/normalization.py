@@ -1,7 +1,7 @@
 """LayerNorm, as Keras has it, in the form that each backend is fastest with."""
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from keras_vit import kernels
 
@@ -30,4 +30,5 @@ class LayerNormalization(layers.LayerNormalization):
         super().__init__(epsilon=epsilon, **kwargs)
 
     def call(self, x):
-        return kernels.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        x = kernels.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        return ops.cast(x, self.compute_dtype)
