@@ -10,6 +10,7 @@ from keras import layers, ops
 from keras_vit import kernels
 from keras_vit.attention import SelfAttention, SpatialReductionAttention
 from keras_vit.initialization import initializer
+from keras_vit.rematerialization import Rematerialized
 
 serializable = keras.saving.register_keras_serializable("keras_vit")
 
@@ -120,7 +121,7 @@ class MLP(layers.Layer):
 
 
 @serializable
-class TransformerBlock(layers.Layer):
+class TransformerBlock(Rematerialized, layers.Layer):
     """Pre-norm transformer block with stochastic depth and, if wanted, LayerScale.
 
         z' = z  + DropPath(scale1 * MSA(LN(z))) / s     (2)
