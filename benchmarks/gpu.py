@@ -96,8 +96,8 @@ def read(path: Path) -> list[dict[str, str]]:
         found = csv.DictReader(file)
         if tuple(found.fieldnames or ()) != COLUMNS:
             raise ValueError(
-                f"{path} must be a file that this benchmark wrote, with the columns "
-                f"{', '.join(COLUMNS)}; got {found.fieldnames}. Choose another --output."
+                "--output must be a new file or one that this benchmark wrote, with "
+                f"the columns {', '.join(COLUMNS)}; {path} has {found.fieldnames}."
             )
         return list(found)
 
@@ -208,9 +208,7 @@ def _row(job, task, contestant, groups, peak_tflops):
     errors = [turn["error"] for turn in turns if turn["error"]]
     if contestant.missing:
         errors = [f"not installed: {', '.join(contestant.missing)}"]
-    row["device"] = (
-        errors[0] if errors else (turns[0]["device"] if turns else "not run")
-    )
+    row["device"] = [*errors, *(turn["device"] for turn in turns), "not run"][0]
     if not good:
         return row
     steps = int(turns[0]["steps"])

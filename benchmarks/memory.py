@@ -75,7 +75,8 @@ def _jax(model, images):
     variables = model.trainable_variables, model.non_trainable_variables
     given = *([v.value for v in group] for group in variables), images
     traced = jax.make_jaxpr(residuals)(*given).jaxpr
-    kept = set(traced.outvars) - set(traced.invars)  # weights aside
+    found = [x for x in traced.outvars if not hasattr(x, "val")]  # no constants
+    kept = set(found) - set(traced.invars)  # weights aside
     jax.block_until_ready(jax.jit(jax.grad(loss, has_aux=True))(*given))
     return sum(x.aval.size * x.aval.dtype.itemsize for x in kept)
 

@@ -136,13 +136,7 @@ def options_of(**given: Any) -> argparse.Namespace:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add(
-        "--batch-sizes",
-        type=_numbers,
-        default=[16],
-        metavar="LIST",
-        help="such as 16,1",
-    )
+    add("--batch-sizes", type=_numbers, default=[16], help="such as 16,1")
     add("--rounds", type=int, default=5, help="turns of each, after a warm-up round")
     add("--steps", type=int, default=3, help="batches a turn")
     add("--train", default=True, action=argparse.BooleanOptionalAction)
