@@ -73,10 +73,12 @@ def flops(job: Job, task: str) -> float:
     return 2.0 * products * (3 if task == "training" else 1)
 
 
-def contestants(backends: Iterable[str], remat: bool) -> list[Contestant]:
+def contestants(
+    backends: Iterable[str], remat: bool, timm: bool = True
+) -> list[Contestant]:
     """In the order in which they take their turns."""
     plain = [*(Contestant("keras_vit", name, ("keras", name)) for name in backends)]
-    plain.append(TIMM)
+    plain += [TIMM] * timm
     if not remat:
         return plain
     return plain + [dataclasses.replace(x, remat=True) for x in plain]
@@ -247,6 +249,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--backends", default="jax,torch", help="of keras_vit")
     add("--rounds", type=int, default=None, help="5, after a warm-up")
     add("--steps", type=int, default=None, help="batches a turn, 20")
+    add("--timm", default=True, action=argparse.BooleanOptionalAction)
     add("--remat", action="store_true", help="also with rematerialisation")
     add("--quick", action="store_true", help="Ti/16 at 64 pixels, 2 steps")
     add("--peak-tflops", type=float, help="of the device, dense bfloat16")
@@ -255,7 +258,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.rounds = options.rounds or (2 if options.quick else 5)
     options.steps = options.steps or (2 if options.quick else 20)
     options.tasks = TASKS
-    options.contestants = contestants(options.backends.split(","), options.remat)
+    backends = options.backends.split(",")
+    options.contestants = contestants(backends, options.remat, options.timm)
     return options
 
 

@@ -8,7 +8,7 @@ Each row is a process of its own, which takes a gradient of the loss of one batc
 the tensors that autograd saves, on JAX the residuals of `jax.vjp`; TensorFlow tells
 nothing of the kind. `peak` is by how much the memory of the process has grown at most
 (`ru_maxrss`), the compiler's own included. On a CPU JAX's `peak` is no smaller: XLA
-removes the barriers there that keep the second computation apart from the first.
+drops the barriers there that hold the second computation back.
 """
 
 import argparse

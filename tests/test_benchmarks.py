@@ -13,7 +13,7 @@ import pytest
 import startup
 import table
 import throughput
-from contestants import TIMM_COMPILED, Contestant, Job
+from contestants import Contestant, Job
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -107,6 +107,7 @@ def test_a_part_that_fails_is_a_row_of_the_table(monkeypatch):
 
 def quick(path, *arguments, **options):
     command = [sys.executable, BENCHMARKS / "gpu.py", "--quick", f"--output={path}"]
+    command += ["--no-timm", "--rounds=1"]  # torch.compile takes minutes on a CPU
     return subprocess.Popen([*command, *arguments], text=True, **options)
 
 
@@ -122,7 +123,7 @@ def test_the_benchmark_of_a_gpu_goes_on_where_it_was_killed(tmp_path):
     pytest.importorskip("torch")
     path = tmp_path / "turns.csv"
     process = quick(path, "--remat", start_new_session=True, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (path.exists() and len(rounds(path)) >= 2):
+    while process.poll() is None and not (path.exists() and len(rounds(path)) >= 1):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -141,8 +142,7 @@ def test_the_benchmark_of_a_gpu_goes_on_where_it_was_killed(tmp_path):
             assert {("inference", kind), ("training", kind)} <= good
     lines = output.splitlines()
     assert lines[0].split()[:3] == ["model", "pixels", "task"]
-    assert len([x for x in lines if x.startswith("tiny/16")]) == 2 * 6
-    assert any(TIMM_COMPILED in line for line in lines)
+    assert len([x for x in lines if x.startswith("tiny/16")]) == 2 * 4
 
 
 @pytest.mark.slow
