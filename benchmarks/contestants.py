@@ -296,7 +296,8 @@ class Worker:
 
     def __init__(self, contestant: Contestant):
         self.contestant = contestant
-        self.device = self.failure = ""
+        self.device = self.failure = ""  # the last one
+        self._failed: set[tuple[Job, str]] = set()
         self.peak_bytes: int | None = None
         keras = contestant.backend in KERAS_BACKENDS
         environment = {
@@ -315,10 +316,10 @@ class Worker:
         )
 
     def seconds(self, job: Job, task: str, steps: int) -> list[float] | None:
-        """Time of each batch; None from the first failure on."""
-        if self.failure:
-            return None
+        """Time of each batch; None from the first failure of a job and task on."""
         job = dataclasses.replace(job, remat=self.contestant.remat)
+        if (job, task) in self._failed:
+            return None
         request = {"job": dataclasses.asdict(job), "task": task, "steps": steps}
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -326,7 +327,9 @@ class Worker:
             answer = json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             answer = {"error": f"ended with exit code {self._process.wait()}"}
-        self.failure = answer.get("error", "")
+        if "error" in answer:
+            self.failure = answer["error"]
+            self._failed.add((job, task))
         self.device = answer.get("device", self.device)
         self.peak_bytes = answer.get("peak_bytes", self.peak_bytes)
         return answer.get("seconds")

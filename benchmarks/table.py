@@ -5,9 +5,10 @@
     python benchmarks/table.py --parts throughput,startup --rounds 3
 
 The parts are modules beside this file, each with a function `rows(options)` that
-returns a list of dicts, and `options_of(**given)` that makes its options:
-`throughput`, `memory`, `startup`, and `augmentation` (the input pipeline). A part that
-fails or is not there is told and costs the others nothing. What needs a GPU is
+returns a list of dicts, and `options_of(**given)` that makes its options, where other
+values than its command's own are given: `throughput`, `memory`, `startup`, and
+`augmentation` (the input pipeline). A part that fails or is not there is told and costs
+the others nothing. What needs a GPU is
 `gpu.py`, with its own command.
 """
 
@@ -47,7 +48,8 @@ def rows(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one part; one that says why, if it fails."""
     try:
         module = importlib.import_module(part)
-        given = module.options_of(**options_for(part, options))
+        make = getattr(module, "options_of", argparse.Namespace)
+        given = make(**options_for(part, options))
         return [{"part": part, **row} for row in module.rows(given)]
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
