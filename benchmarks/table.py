@@ -4,12 +4,10 @@
     python benchmarks/table.py --quick
     python benchmarks/table.py --parts throughput,startup --rounds 3
 
-The parts are modules beside this file, each with a function `rows(options)` that
-returns a list of dicts, and `options_of(**given)` that makes its options, where other
-values than its command's own are given: `throughput`, `memory`, `startup`, and
-`augmentation` (the input pipeline). A part that fails or is not there is told and costs
-the others nothing. What needs a GPU is
-`gpu.py`, with its own command.
+The parts are modules beside this file: `throughput`, `memory` and `startup`, each with
+`rows(options)`, a list of dicts, and `options_of(**given)` for its options; and
+`input`, the input pipeline, with `table(**given)`. A part that fails or is not there is
+told and costs the others nothing. What needs a GPU is `gpu.py`, with its own command.
 """
 
 import argparse
@@ -21,14 +19,14 @@ from typing import Any
 from contestants import KERAS_BACKENDS
 from machine import machine, print_table, write_table
 
-PARTS = ("throughput", "memory", "startup", "augmentation")
+PARTS = ("throughput", "memory", "startup", "input")
 WHOLE: dict[str, dict[str, Any]] = {"throughput": {"batch_sizes": [16, 1]}}
 TINY = {"variant": "tiny", "image_size": 64}
 QUICK: dict[str, dict[str, Any]] = {
     "throughput": {**TINY, "batch_sizes": [2, 1], "steps": 1},
     "memory": {**TINY, "batch_size": 4},
     "startup": {"build": "tiny", "export": "tiny"},
-    "augmentation": {"batches": 2, "batch_size": 8},
+    "input": {"batches": 2, "batch_size": 8},
 }
 
 
@@ -39,7 +37,7 @@ def options_for(part: str, options: argparse.Namespace) -> dict[str, Any]:
         "throughput": {"rounds": rounds, "backends": options.backends},
         "memory": {"backends": options.backends},
         "startup": {"rounds": rounds, "backends": options.backends},
-        "augmentation": {"rounds": rounds},
+        "input": {"rounds": rounds},
     }
     return asked[part] | (QUICK if options.quick else WHOLE).get(part, {})
 
@@ -48,9 +46,12 @@ def rows(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one part; one that says why, if it fails."""
     try:
         module = importlib.import_module(part)
-        make = getattr(module, "options_of", argparse.Namespace)
-        given = make(**options_for(part, options))
-        return [{"part": part, **row} for row in module.rows(given)]
+        given = options_for(part, options)
+        if hasattr(module, "options_of"):
+            found = module.rows(module.options_of(**given))
+        else:
+            found = module.table(**given)
+        return [{"part": part, **row} for row in found]
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         return [{"part": part, "error": f"{type(error).__name__}: {first_line}"}]
