@@ -67,6 +67,13 @@ class Job:
     variant: str = "small"
     image_size: int = 224
     remat: bool = False
+    depth: int | None = None  # blocks, other than the variant's
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """As in `SIZES`."""
+        embed_dim, depth, num_heads, mlp_dim = SIZES[self.variant]
+        return embed_dim, self.depth or depth, num_heads, mlp_dim
 
 
 def batch(job: Job) -> tuple[Any, Any]:
@@ -85,7 +92,10 @@ def keras_vit_model(job: Job) -> Any:
     scope = keras_vit.remat_blocks() if job.remat else contextlib.nullcontext()
     with scope:
         return keras_vit.ViT(
-            job.variant, image_size=job.image_size, num_classes=NUM_CLASSES
+            job.variant,
+            image_size=job.image_size,
+            num_classes=NUM_CLASSES,
+            depth=job.sizes[1],
         )
 
 
@@ -93,7 +103,7 @@ def keras_hub_model(job: Job) -> Any:
     import keras
     import keras_hub
 
-    embed_dim, depth, num_heads, mlp_dim = SIZES[job.variant]
+    embed_dim, depth, num_heads, mlp_dim = job.sizes
     backbone = keras_hub.models.ViTBackbone(
         (job.image_size, job.image_size, 3),
         PATCH_SIZE,
@@ -152,7 +162,8 @@ def timm_steps(compiled: bool, job: Job) -> Steps:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"vit_{job.variant}_patch{PATCH_SIZE}_224"
     create = import_timm().create_model
-    model = create(name, img_size=job.image_size, num_classes=NUM_CLASSES).to(device)
+    shape = {"img_size": job.image_size, "depth": job.sizes[1]}
+    model = create(name, num_classes=NUM_CLASSES, **shape).to(device)
     model.set_grad_checkpointing(job.remat)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     forward = torch.compile(model) if compiled else model

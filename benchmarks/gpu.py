@@ -35,7 +35,6 @@ from typing import Any
 from contestants import (
     NUM_CLASSES,
     PATCH_SIZE,
-    SIZES,
     TASKS,
     TIMM_COMPILED,
     Contestant,
@@ -56,7 +55,7 @@ JOBS = (  # batches of which three contestants fit into 80 GB together
     Job(32, "bfloat16", "large", 224),
     Job(16, "bfloat16", "base", 512),
 )
-QUICK = (Job(2, "bfloat16", "tiny", 64),)
+QUICK = (Job(2, "bfloat16", "tiny", 64, depth=2),)
 TIMM = Contestant(TIMM_COMPILED, "torch", ("timm", "torchvision", "torch"))
 COLUMNS = ("variant", "image_size", "batch_size", "task", "contestant", "round")
 COLUMNS += ("steps", "seconds", "peak_bytes", "device", "error")
@@ -64,7 +63,7 @@ COLUMNS += ("steps", "seconds", "peak_bytes", "device", "error")
 
 def flops(job: Job, task: str) -> float:
     """FLOPs of the model for one image: matrix products alone, with a class token."""
-    dim, depth, _, hidden = SIZES[job.variant]
+    dim, depth, _, hidden = job.sizes
     patches = (job.image_size // PATCH_SIZE) ** 2
     tokens = patches + 1
     block = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * tokens * dim * hidden
@@ -251,7 +250,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=None, help="batches a turn, 20")
     add("--timm", default=True, action=argparse.BooleanOptionalAction)
     add("--remat", action="store_true", help="also with rematerialisation")
-    add("--quick", action="store_true", help="Ti/16 at 64 pixels, 2 steps")
+    add("--quick", action="store_true", help="2 blocks of Ti/16 at 64 pixels")
     add("--peak-tflops", type=float, help="of the device, dense bfloat16")
     options = parser.parse_args(arguments)
     options.jobs = QUICK if options.quick else JOBS
