@@ -23,6 +23,7 @@ from keras_vit.mixtoken import MixToken
 from keras_vit.pcpvt import PCPVT
 from keras_vit.position import PEG, LearnedPosition, SinCosPosition
 from keras_vit.relative import RelativePositionBias, RotaryPosition
+from keras_vit.rematerialization import remat_blocks
 from keras_vit.segmentation import SemanticFPN, feature_pyramid
 from keras_vit.stem import ConvStem
 from keras_vit.transformer import MLP, LayerScale, PyramidBlock, TransformerBlock
@@ -63,5 +64,6 @@ __all__ = [
     "feature_pyramid",
     "from_checkpoint",
     "inspect_checkpoint",
+    "remat_blocks",
     "to_checkpoint",
 ]

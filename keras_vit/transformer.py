@@ -17,6 +17,7 @@ from keras_vit.attention import (
 )
 from keras_vit.initialization import initializer
 from keras_vit.normalization import LayerNormalization
+from keras_vit.rematerialization import Rematerialized
 
 serializable = keras.saving.register_keras_serializable("keras_vit")
 
@@ -122,7 +123,7 @@ class MLP(layers.Layer):
 
 
 @serializable
-class TransformerBlock(layers.Layer):
+class TransformerBlock(Rematerialized, layers.Layer):
     """Pre-norm transformer block with stochastic depth and, if wanted, LayerScale.
 
         z' = z  + DropPath(scale1 * MSA(LN(z))) / s     (2)

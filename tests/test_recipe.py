@@ -138,6 +138,7 @@ def test_segmentation_wraps_the_model_of_any_family(family):
             {"warmup_epochs": 99},
             r"warmup_epochs \+ .* below epochs=40, got 99 \+ .* to warmup_epochs=4 for",
         ),
+        ({"remat": "yes"}, "remat must be true or false, got 'yes'"),
         ({"precision": "float16"}, "'mixed_float16', got 'float16'. Did you mean"),
         ({"family": "VIT"}, "family must be one of .*'ViT'.* got 'VIT'. Did you mean"),
         ({"family": "SemanticFPN"}, "family must be .* got 'SemanticFPN'"),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import keras
 
-from keras_vit import kernels
+from keras_vit import kernels, remat_blocks
 from training.batches import (
     check_labels,
     steps_per_epoch,
@@ -72,7 +72,8 @@ def fit(
     step. Of several processes SIGTERM saves nothing: they go on after the last epoch.
 
     The dtype policy that the recipe asks for is set before `build_model` is called
-    and restored on return.
+    and restored on return; where it says `remat`, `build_model` is called within
+    `keras_vit.remat_blocks`, for what is built is computed again, not what was.
 
     Args:
         build_model: Returns the model, with one logit for each label of `data`, in
@@ -111,7 +112,8 @@ def fit(
         policy = stack.enter_context(precision(recipe))
         placement.check_batches(recipe)
         keras.utils.set_random_seed(recipe.seed)
-        network = build_model()
+        with remat_blocks() if recipe.remat else contextlib.nullcontext():
+            network = build_model()
         check_fits(network, data)
         preprocess = preprocess_for(network, data)
         model = trainer(network, recipe)

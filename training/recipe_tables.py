@@ -19,8 +19,8 @@ SECTIONS = {  # every field of a recipe but those that `heading` tells
         *("epochs", "batch_size", "accumulation_steps", "optimizer", "momentum"),
         *("beta_2", "learning_rate", "final_learning_rate", "warmup_learning_rate"),
         *("warmup_epochs", "warmup_steps", "cooldown_epochs", "weight_decay"),
-        *("layer_decay", "frozen", "lora_rank", "ema", "clip_norm", "precision"),
-        "seed",
+        *("layer_decay", "frozen", "lora_rank", "ema", "clip_norm", "remat"),
+        *("precision", "seed"),
     ),
 }
 

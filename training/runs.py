@@ -21,7 +21,8 @@ from training.recipe import Recipe
 
 PACKAGES = ("keras", "tensorflow", "jax", "torch", "numpy", "keras-vit")
 
-FREE = ("recipe.damaged_images",)  # what a run may go on with another value of
+# what a run may go on with another value of
+FREE = ("recipe.damaged_images", "recipe.remat")
 
 
 def describe_run(

@@ -1,0 +1,59 @@
+"""What every benchmark prints and writes: tables, the machine, the versions."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+DISTRIBUTIONS = "keras-vit keras keras-hub tensorflow jax torch timm openvino numpy"
+
+
+def print_table(rows: Sequence[Mapping]) -> None:
+    """Columns are those of the first row, in its order."""
+    if not rows:
+        print("No rows.")
+        return
+    lines = [list(rows[0]), *([row.get(x, "") for x in rows[0]] for row in rows)]
+    lines = [[str(x) for x in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def write_table(rows: Sequence[Mapping], path: Path) -> None:
+    """Write a `.csv` or, told by the name, a `.json` file."""
+    if path.suffix == ".json":
+        text = json.dumps({"rows": list(rows), "machine": machine()}, indent=2)
+        path.write_text(text + "\n")
+        return
+    columns = dict.fromkeys(column for row in rows for column in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def machine() -> list[str]:
+    """Lines of text: processor and its bfloat16 instructions, GPUs, versions."""
+    lscpu, gpus = map(subprocess.getoutput, ("lscpu", "nvidia-smi -L"))
+    model = re.search(r"Model name:\s*(.*)", lscpu)
+    flags = re.findall(r"\b(?:amx|avx512)_bf16\b", lscpu)
+    count = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    processor = f"Processor: {model[1] if model else platform.machine()}"
+    half = " ".join(flags) or "no bfloat16 known"
+    found = [f"Python {platform.python_version()}"]
+    for name in DISTRIBUTIONS.split():
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return [
+        f"{processor}, {len(count(0))} cores, {half}",
+        *(re.findall(r"^GPU \d+: .*", gpus, re.MULTILINE) or ["No NVIDIA GPU"]),
+        ", ".join(found),
+    ]
