@@ -33,6 +33,7 @@ CROP, FLIP, RAND_AUGMENT, MIX, SCALING, ERASING, COLORS, JITTER = range(8)
 ATTEMPTS = 10
 INTERPOLATIONS = ("bilinear", "bicubic")
 RAND_AUGMENT_OPS = 15  # of which the first five are the geometric ones:
+IDENTITY = np.eye(3, dtype="float32")
 MIRROR = np.array([[-1, 0, 1], [0, 1, 0], [0, 0, 1]], "float32")  # left for right
 LARGEST = {  # at the highest level; the others are those of `training.colors`
     "rotate": math.radians(30),
@@ -140,9 +141,7 @@ def flips(seed: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
         batch: B.
     """
     draw = tf.random.stateless_uniform((batch,), tf.random.fold_in(seed, FLIP))
-    sign = tf.where(draw < 0.5, -1.0, 1.0)
-    zero, one = tf.zeros_like(sign), tf.ones_like(sign)
-    return _matrices(sign, zero, zero, one, zero, zero, 0.5, (1, 1))
+    return tf.where(draw[:, None, None] < 0.5, MIRROR, IDENTITY)
 
 
 def affines(
@@ -307,20 +306,19 @@ def warp(images: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:
         `(B, H, W, C)`.
     """
 
-    def moved(pair):
-        image, matrix = pair
-        stays, mirrored = (
-            tf.reduce_all(matrix == tf.constant(x))
-            for x in (np.eye(3, dtype="float32"), MIRROR)
-        )
-        return tf.cond(
-            stays | mirrored,
-            lambda: tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image),
-            lambda: _warp(image[None], matrix[None], "BILINEAR", 0.0)[0],
-        )
-
     spec = tf.TensorSpec(images.shape[1:], images.dtype)
-    return tf.map_fn(moved, (images, matrices), fn_output_signature=spec)
+    pairs = (images, matrices)
+    return tf.map_fn(lambda pair: warp_one(*pair), pairs, fn_output_signature=spec)
+
+
+def warp_one(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """`warp` of one image `(H, W, C)`; one that is mirrored at most is quick."""
+    stays, mirrored = (tf.reduce_all(matrix == x) for x in (IDENTITY, MIRROR))
+    return tf.cond(
+        stays | mirrored,
+        lambda: tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image),
+        lambda: _warp(image[None], matrix[None], "BILINEAR", 0.0)[0],
+    )
 
 
 def warp_masks(masks: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:

@@ -85,13 +85,24 @@ def matrices_of(
 
 def placed(images: tf.Tensor, plan: Plan, matrices: tf.Tensor | None) -> tf.Tensor:
     """Images `(B, H, W, 3)` that are moved, and of which boxes are erased then."""
+    parts = {"images": images}
     if matrices is not None:
-        images = augment.warp(images, matrices)
-    if "box" not in plan:
+        parts["matrices"] = matrices
+    if "box" in plan:
+        parts |= {"box": plan["box"], "noise": plan["noise"]}
+    if len(parts) == 1:
         return images
+
+    def one(parts):
+        image = parts["images"]
+        if "matrices" in parts:
+            image = augment.warp_one(image, parts["matrices"])
+        if "box" in parts:
+            image = erased(image, parts["box"], parts["noise"])
+        return tf.ensure_shape(image, images.shape[1:])
+
     spec = tf.TensorSpec(images.shape[1:], images.dtype)
-    pairs = (images, plan["box"], plan["noise"])
-    return tf.map_fn(lambda x: erased(*x), pairs, fn_output_signature=spec)
+    return tf.map_fn(one, parts, fn_output_signature=spec)
 
 
 def mix_of(key: tf.Tensor, augmentation: Augmentation, size: tuple) -> tf.Tensor | None:
