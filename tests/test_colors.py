@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.ndimage import gaussian_filter
 from test_augment import several
 
-from training import colors
+from training import colors, erasing
 from training.augment import (
     LARGEST,
     RAND_AUGMENT_OPS,
@@ -239,7 +239,9 @@ def test_jitter_changes_contrast_and_saturation_apart_and_in_any_order():
 def erased(probability, count=600, size=(40, 60)):
     """Images of 5000, brighter than any noise, as they become, and where noise is."""
     image = tf.fill((*size, 3), 5000.0)
-    found = several(lambda seed: colors.random_erasing(image, seed, probability), count)
+    found = several(
+        lambda seed: erasing.random_erasing(image, seed, probability), count
+    )
     return found, found != 5000
 
 
@@ -265,7 +267,7 @@ def test_area_ratio_and_place_of_an_erased_box_are_spread_as_they_should():
 
     def draw(seed):
         noise = (
-            colors.random_erasing(image, seed, 1.0, (0.02, 0.25), (0.5, 2.0))[..., 0]
+            erasing.random_erasing(image, seed, 1.0, (0.02, 0.25), (0.5, 2.0))[..., 0]
             < 5e3
         )
         rows = tf.where(tf.reduce_any(noise, 1))[:, 0]
@@ -305,7 +307,7 @@ def test_where_no_box_fits_nothing_is_erased():
     [
         lambda seed: colors.rand_augment(tf.constant(PICTURES[3], tf.float32), seed),
         lambda seed: colors.three_augment(tf.constant(PICTURES[3], tf.float32), seed),
-        lambda seed: colors.random_erasing(flat(), seed, 1.0),
+        lambda seed: erasing.random_erasing(flat(), seed, 1.0),
         lambda seed: colors.color_jitter(
             tf.constant(PICTURES[3], tf.float32), seed, 0.3
         ),

@@ -9,6 +9,7 @@ import importlib
 _HOMES = {
     "RECIPES": "training.recipes",
     "Augmentation": "training.recipe_parts",
+    "Augmented": "training.accelerated",
     "BinaryCrossEntropy": "training.loss",
     "Dataset": "training.data",
     "Devices": "training.distribution",

@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from keras_vit.embedding import Preprocess
 from keras_vit.encoder import unknown
+from training.box import decode_box
 from training.preprocess import crop_matrix, scaled
 
 # Streams of a seed; `affines` has the bare one.
@@ -32,6 +33,8 @@ CROP, FLIP, RAND_AUGMENT, MIX, SCALING, ERASING, COLORS, JITTER = range(8)
 ATTEMPTS = 10
 INTERPOLATIONS = ("bilinear", "bicubic")
 RAND_AUGMENT_OPS = 15  # of which the first five are the geometric ones:
+IDENTITY = np.eye(3, dtype="float32")
+MIRROR = np.array([[-1, 0, 1], [0, 1, 0], [0, 0, 1]], "float32")  # left for right
 LARGEST = {  # at the highest level; the others are those of `training.colors`
     "rotate": math.radians(30),
     "shear_x": 0.3,  # pixels to the side for each pixel down
@@ -42,14 +45,16 @@ LARGEST = {  # at the highest level; the others are those of `training.colors`
 
 
 def random_resized_crop(
-    image: tf.Tensor,
+    file: tf.Tensor,
     preprocess: Preprocess,
     seed: tf.Tensor,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Cut a random part out of one image and resize it, antialiased.
+    """Cut a random part out of one image file and resize it, antialiased.
+
+    No more of the file is decoded than that part, where it is a JPEG.
 
     The area is uniform in `scale`, the logarithm of width / height in that of `ratio`,
     and the place among those where the crop fits. The first of ten draws whose size
@@ -60,7 +65,7 @@ def random_resized_crop(
     torchvision's RandomResizedCrop.
 
     Args:
-        image: `(h, w, C)` of 0..255.
+        file: JPEG, PNG, GIF or BMP, scalar string; or an image `(h, w, C)` of 0..255.
         preprocess: Size and interpolation of the result; its `crop_ratio` has no part.
         seed: int64 `(2,)`.
         scale: Least and largest area of the crop, as a fraction of the image's.
@@ -83,11 +88,18 @@ def random_resized_crop(
             raise ValueError(
                 f"{name} must be two limits, 0 < low <= high, got {low} and {high}."
             )
-    whole = tf.shape(image)[:2]
-    offset, size = _random_window(tf.cast(whole, tf.float32), seed, scale, ratio)
-    box = tf.unstack(tf.cast(tf.concat([offset, size], 0), tf.int32))
-    top, left, height, width = box
-    crop = image[top : top + height, left : left + width]
+
+    def choose(whole):
+        return _random_window(tf.cast(whole, tf.float32), seed, scale, ratio)
+
+    if file.dtype == tf.string:
+        crop, offset, size, whole = decode_box(file, choose)
+    else:
+        whole = tf.shape(file)[:2]
+        offset, size = choose(whole)
+        box = tf.unstack(tf.cast(tf.concat([offset, size], 0), tf.int32))
+        top, left, height, width = box
+        crop = file[top : top + height, left : left + width]
     if interpolation == "random":
         draw = tf.random.stateless_uniform((), tf.random.fold_in(seed, SCALING))
         bilinear, bicubic = (
@@ -129,9 +141,7 @@ def flips(seed: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
         batch: B.
     """
     draw = tf.random.stateless_uniform((batch,), tf.random.fold_in(seed, FLIP))
-    sign = tf.where(draw < 0.5, -1.0, 1.0)
-    zero, one = tf.zeros_like(sign), tf.ones_like(sign)
-    return _matrices(sign, zero, zero, one, zero, zero, 0.5, (1, 1))
+    return tf.where(draw[:, None, None] < 0.5, MIRROR, IDENTITY)
 
 
 def affines(
@@ -249,7 +259,14 @@ def rand_augment_geometry(
     Raises:
         ValueError: If a number is out of its range.
     """
-    op, amount = rand_augment_draws(seed, batch, num_ops, magnitude, deviation)
+    draws = rand_augment_draws(seed, batch, num_ops, magnitude, deviation)
+    return rand_augment_matrices(*draws, image_size)
+
+
+def rand_augment_matrices(
+    op: tf.Tensor, amount: tf.Tensor, image_size: tuple[int, int]
+) -> tf.Tensor:
+    """Matrices `(B, 3, 3)` of what `rand_augment_draws` gave."""
     chosen = tf.one_hot(op, len(LARGEST)) * list(LARGEST.values())
     amounts = tf.unstack(amount[..., None] * chosen, axis=-1)
     angle, shear_x, shear_y, right, down = amounts  # all but one are 0
@@ -258,8 +275,8 @@ def rand_augment_geometry(
     steps = _matrices(
         cosine, shear_x - sine, shear_y + sine, cosine, right, down, centre, image_size
     )  # (num_ops, B, 3, 3)
-    start = tf.eye(3, batch_shape=[batch])
-    return functools.reduce(tf.matmul, tf.unstack(steps, num_ops), start)
+    start = tf.eye(3, batch_shape=[tf.shape(op)[1]])
+    return functools.reduce(tf.matmul, tf.unstack(steps), start)
 
 
 def _matrices(xx, xy, yx, yy, right, down, centre, image_size):
@@ -288,7 +305,20 @@ def warp(images: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:
     Returns:
         `(B, H, W, C)`.
     """
-    return _warp(images, matrices, "BILINEAR", 0.0)
+
+    spec = tf.TensorSpec(images.shape[1:], images.dtype)
+    pairs = (images, matrices)
+    return tf.map_fn(lambda pair: warp_one(*pair), pairs, fn_output_signature=spec)
+
+
+def warp_one(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """`warp` of one image `(H, W, C)`; one that is mirrored at most is quick."""
+    stays, mirrored = (tf.reduce_all(matrix == x) for x in (IDENTITY, MIRROR))
+    return tf.cond(
+        stays | mirrored,
+        lambda: tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image),
+        lambda: _warp(image[None], matrix[None], "BILINEAR", 0.0)[0],
+    )
 
 
 def warp_masks(masks: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:

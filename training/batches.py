@@ -3,7 +3,6 @@
 Shapes: B images of H x W pixels, `(h, w)` tokens, C classes.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -11,15 +10,16 @@ import numpy as np
 import tensorflow as tf
 
 from keras_vit.embedding import Preprocess
-from training import augment, colors
+from training import augment
 from training.data import Dataset
 from training.mending import CHUNK, load_each, mended, without_damaged
 from training.order import examples
+from training.plan import coloured, image_plan, matrices_of, mix_of, packed, placed
 from training.preprocess import geometry, resize, resize_mask
 from training.recipe_parts import Augmentation
 from training.service import DataService
 from training.sharding import filled, own_rows, part_of, rows
-from training.targets import image_labels, mix, smooth, token_labels
+from training.targets import image_labels, mixed, smooth, token_labels
 from training.weights import label_weights
 
 
@@ -75,7 +75,8 @@ def training_batches(
             `training.service.connect` returns. They cannot tell of damaged images.
 
     Returns:
-        Dataset of (images float32 `(B, H, W, 3)` of 0..255, labels),
+        Dataset of (images float32 `(B, H, W, 3)` of 0..255, or, `on_accelerator`, what
+        `training.accelerated` takes, labels),
         `steps_per_epoch(data, batch_size)` updates an epoch. The labels are int64
         `(B,)`; or, where they are mixed or smoothed, probabilities `(B, C)`; or, with a
         `token_grid`, a dictionary of `"class"` and `"truth"` `(B, C)` and `"tokens"`
@@ -102,31 +103,38 @@ def training_batches(
     follows = token_grid is not None and data.label_maps is not None
     own = rows(batch_size, part, bool(augmentation.mixup or augmentation.cutmix))
     count = steps * batch_size
+    size = preprocess.image_size
 
     def load(i, example):
         handle, label, *score_map = example
         key = tf.stack([seed, i])
-        image, label = data.decode(handle, label)
-        crop = geometry(tf.shape(image)[:2], preprocess)
-        if data.masks:
-            label = resize_mask(label, preprocess)
+        plan = image_plan(key, augmentation, size)
         if augmentation.random_resized_crop is None:
+            image, label = data.decode(handle, label)
+            crop = geometry(tf.shape(image)[:2], preprocess)
             image = resize(image, preprocess)
         else:
             image, crop = augment.random_resized_crop(
-                image, preprocess, key, **augmentation.random_resized_crop
+                data.read(handle), preprocess, key, **augmentation.random_resized_crop
             )
-        image = _coloured(image, key, augmentation)
-        return (image, label, key, crop, *score_map)
+        if data.masks:
+            label = resize_mask(label, preprocess)
+        if augmentation.on_accelerator:
+            image = tf.cast(tf.round(image), tf.uint8)
+        else:
+            image = coloured(image, plan)
+        return (image, label, key, crop, plan, *score_map)
 
     def finish(step, batch):
-        images, labels, keys, crops, *score_map = batch
+        images, labels, _, crops, plan, *score_map = batch
         key = tf.stack([seed, step])
-        matrices = _matrices(images, key, keys, augmentation, batch_size, own)
-        if matrices is not None:
-            images = augment.warp(images, matrices)
-        if augmentation.random_erasing:
-            images = _erased(images, keys, augmentation.random_erasing)
+        matrices = matrices_of(plan, key, augmentation, size, batch_size, own)
+        drawn = mix_of(key, augmentation, size)
+        if augmentation.on_accelerator:
+            images = packed(images, plan, matrices, drawn)
+        else:
+            images = placed(images, plan, matrices)
+            images = images if drawn is None else mixed(images, drawn, size)
         if data.masks:
             if matrices is not None:
                 labels = augment.warp_masks(labels, matrices)
@@ -146,15 +154,8 @@ def training_batches(
             if class_labels == "maps":
                 targets["class"] = image_labels(*where, count, crops=crops)
         targets = smooth(targets, augmentation.label_smoothing)
-        images, targets = mix(
-            images,
-            targets,
-            key,
-            augmentation.mixup,
-            augmentation.cutmix,
-            augmentation.mix_probability,
-            augmentation.cutmix_probability,
-        )
+        if drawn is not None:
+            targets = {name: mixed(x, drawn, size) for name, x in targets.items()}
         return images, targets if token_grid is not None else targets["class"]
 
     def loaded(first_epoch, epochs, first_step=0, worker=None):
@@ -282,50 +283,6 @@ def check_labels(
             "class_labels='maps' needs label maps; make some with keras-vit annotate, "
             f"{data.name!r} has none."
         )
-
-
-def _coloured(image, key, augmentation):
-    """An image after the steps that move no pixel."""
-    if augmentation.rand_augment is not None:
-        image = colors.rand_augment(image, key, **augmentation.rand_augment)
-    if augmentation.three_augment:
-        image = colors.three_augment(image, key)
-    if augmentation.color_jitter:
-        image = colors.color_jitter(image, key, augmentation.color_jitter)
-    return image
-
-
-def _matrices(images, key, keys, augmentation, batch_size, own):
-    """The matrix of each image, by all steps that have one; None without such a step.
-
-    `keys`, `(len(own), 2)`, are those by which the images were coloured; `key` draws
-    for the whole batch, of which the `own` rows are here.
-    """
-    size = images.shape[1:3]
-    steps = []
-    if augmentation.random_flip:
-        steps.append(tf.gather(augment.flips(key, batch_size), own))
-    if augmentation.rand_augment is not None:
-
-        def moved(key):
-            amounts = augmentation.rand_augment
-            return augment.rand_augment_geometry(key, 1, size, **amounts)[0]
-
-        steps.append(tf.map_fn(moved, keys, fn_output_signature=tf.float32))
-    if augmentation.random_affine is not None:
-        amounts = augmentation.random_affine
-        matrices = augment.affines(key, batch_size, size, **amounts)
-        steps.append(tf.gather(matrices, own))
-    return functools.reduce(tf.matmul, steps) if steps else None
-
-
-def _erased(images, keys, probability):
-    """Images with a box of noise in some of them."""
-
-    def erased(pair):
-        return colors.random_erasing(*pair, probability)
-
-    return tf.map_fn(erased, (images, keys), fn_output_signature=tf.float32)
 
 
 def _tiled(labels, grid):

@@ -1,4 +1,4 @@
-"""Augmentation by colours and by erasing, one image at a time, from a seed alone.
+"""Augmentation by colours, one image at a time, from a seed alone.
 
 Nothing here moves a pixel, so labels, masks and score maps stay as they are. Images are
 float32 `(H, W, 3)` of 0..255, and so is what comes back. Where Pillow's operations, by
@@ -8,29 +8,35 @@ A seed is int64 `(2,)`, its streams are those of `training.augment`.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from keras_vit.embedding import NORMALIZATIONS
-from training.augment import ATTEMPTS, COLORS, ERASING, JITTER, rand_augment_draws
+from training.augment import (
+    COLORS,
+    JITTER,
+    LARGEST,
+    rand_augment_draws,
+)
 
 GREY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 BLUR = (0.1, 2.0)  # smallest and largest radius of 3-Augment, pixels
 BLUR_WIDTH = 8  # pixels to either side, 4 deviations of the largest
-# Mean and deviation of red, green and blue, of 0..255
-IMAGENET = [[255 * x for x in row] for row in NORMALIZATIONS["imagenet"]]
 
 
 def auto_contrast(image: tf.Tensor) -> tf.Tensor:
     """Stretch each channel so that its darkest pixel is 0 and its brightest 255."""
-    low = tf.reduce_min(image, axis=(0, 1))
-    span = tf.reduce_max(image, axis=(0, 1)) - low
-    flat = span < 1
-    stretched = (image - low) * (255 / tf.where(flat, 1.0, span))
-    return tf.where(flat, image, stretched)
+    rows = rows_of(image)
+    low, high = (
+        reduce(tf.reshape(reduce(rows, axis=0), (-1, 3)), axis=0)
+        for reduce in (tf.reduce_min, tf.reduce_max)
+    )
+    flat = high - low < 1
+    low = tf.where(flat, 0.0, low)
+    scale = tf.where(flat, 1.0, 255 / (high - low))
+    stretched = (rows - along(low, rows)) * along(scale, rows)
+    return tf.reshape(stretched, tf.shape(image))
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
@@ -39,7 +45,8 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
     A value goes to the number of pixels below it, in steps of the size that brings the
     largest to 255; what is the size of a step is not spread, as in Pillow.
     """
-    values = tf.cast(tf.round(image), tf.int32) + tf.constant([0, 256, 512])
+    values = tf.cast(tf.round(rows_of(image)), tf.int32)
+    values += along(tf.constant([0, 256, 512]), values)
     counts = tf.math.bincount(tf.reshape(values, [-1]), minlength=768, maxlength=768)
     counts = tf.reshape(counts, (3, 256))
     numbers = tf.range(256)
@@ -50,7 +57,8 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
     below = tf.cumsum(counts, axis=1, exclusive=True)
     table = (below + step // 2) // tf.maximum(step, 1)
     table = tf.where(step > 0, tf.minimum(table, 255), numbers)
-    return tf.cast(tf.gather(tf.reshape(table, [-1]), values), tf.float32)
+    table = tf.cast(tf.reshape(table, [-1]), tf.float32)
+    return tf.reshape(tf.gather(table, values), tf.shape(image))
 
 
 def invert(image: tf.Tensor) -> tf.Tensor:
@@ -66,24 +74,25 @@ def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
 
 def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
     """Invert what is as bright as the threshold, 0..256, or brighter."""
-    threshold = tf.cast(threshold, tf.float32)
-    return tf.where(tf.round(image) < threshold, image, 255 - image)
+    bright = tf.round(image) >= tf.cast(threshold, tf.float32)
+    return image + tf.cast(bright, tf.float32) * (255 - 2 * image)
 
 
 def solarize_add(image: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
     """Make what is darker than 128 brighter by an amount."""
-    brighter = tf.minimum(image + tf.cast(amount, tf.float32), 255)
-    return tf.where(tf.round(image) < 128, brighter, image)
+    dark = tf.cast(tf.round(image) < 128, tf.float32)
+    return tf.minimum(image + dark * tf.cast(amount, tf.float32), 255)
 
 
 def grey(image: tf.Tensor) -> tf.Tensor:
     """The brightness of each pixel in all three channels."""
-    return tf.broadcast_to(_brightness(image), tf.shape(image))
+    return _with_colours(image, tf.constant([GREY] * 3))
 
 
 def saturation(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     """Blend with the grey image: 0 is grey, 1 no change, more is more colourful."""
-    return _blend(_brightness(image), image, factor)
+    colours = (1 - factor) * tf.constant([GREY] * 3) + factor * tf.eye(3)
+    return tf.clip_by_value(_with_colours(image, colours), 0, 255)
 
 
 def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -143,6 +152,22 @@ def _brightness(image):
     return tf.tensordot(image, tf.constant(GREY), 1)[..., None]
 
 
+def _with_colours(image, matrix):
+    """Red, green and blue as sums of what they were, a row of the matrix for each."""
+    pixels = tf.matmul(tf.reshape(image, (-1, 3)), matrix, transpose_b=True)
+    return tf.reshape(pixels, tf.shape(image))
+
+
+def rows_of(image):
+    """`(H, 3 W)`: what goes along whole rows is done many numbers at a time."""
+    return tf.reshape(image, (tf.shape(image)[0], -1))
+
+
+def along(channels, rows):
+    """A number for each channel, repeated along the rows of `rows_of`."""
+    return tf.tile(channels, [tf.shape(rows)[1] // 3])
+
+
 def _blend(zero, image, factor):
     """`zero` for a factor of 0, the image for 1, and on along this line."""
     return tf.clip_by_value(zero + factor * (image - zero), 0, 255)
@@ -189,10 +214,29 @@ def rand_augment(image: tf.Tensor, seed: tf.Tensor, **amounts: float) -> tf.Tens
     Returns:
         `(H, W, 3)`.
     """
-    ops, shares = rand_augment_draws(seed, 1, **amounts)
-    steps = [lambda x, _: x, *OPERATIONS.values()]
-    for op, share in zip(tf.unstack(ops), tf.unstack(shares), strict=True):
-        image = _one_of(steps, op[0] - 4, image, share[0])
+    draws = rand_augment_draws(seed, 1, **amounts)
+    return done(image, "rand_augment", rand_augment_steps(*draws))
+
+
+def rand_augment_steps(op: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
+    """What `rand_augment_draws` gave for one image, as `done` takes it: `(n, 2)`."""
+    return tf.concat([tf.cast(op, tf.float32), amount], 1)
+
+
+def done(image: tf.Tensor, name: str, steps: tf.Tensor) -> tf.Tensor:
+    """Do steps that were drawn, one after the other.
+
+    Args:
+        image: float32 `(H, W, 3)` of 0..255, H and W static.
+        name: Key of `STEPS`.
+        steps: `(n, 2)`: number of each, and how much of it.
+
+    Returns:
+        `(H, W, 3)`.
+    """
+    known, first = STEPS[name]
+    for number, amount in map(tf.unstack, tf.unstack(steps)):
+        image = _one_of(known, tf.cast(number, tf.int32) - first, image, amount)
     return image
 
 
@@ -211,16 +255,14 @@ def three_augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     Returns:
         `(H, W, 3)`.
     """
-    choice, place = tf.unstack(
-        tf.random.stateless_uniform((2,), tf.random.fold_in(seed, COLORS))
-    )
-    radius = BLUR[0] + place * (BLUR[1] - BLUR[0])
-    steps = [
-        lambda x, _: grey(x),
-        lambda x, _: solarize(x, 128),
-        gaussian_blur,
-    ]
-    return _one_of(steps, tf.cast(choice * 3, tf.int32), image, radius)
+    return done(image, "three_augment", three_augment_draws(seed))
+
+
+def three_augment_draws(seed: tf.Tensor) -> tf.Tensor:
+    """Which of the three an image gets, and the radius: `(1, 2)`."""
+    draws = tf.random.stateless_uniform((2,), tf.random.fold_in(seed, COLORS))
+    radius = BLUR[0] + draws[1] * (BLUR[1] - BLUR[0])
+    return tf.stack([tf.floor(draws[0] * 3), radius])[None]
 
 
 def color_jitter(image: tf.Tensor, seed: tf.Tensor, amount: float) -> tf.Tensor:
@@ -238,69 +280,15 @@ def color_jitter(image: tf.Tensor, seed: tf.Tensor, amount: float) -> tf.Tensor:
     Returns:
         `(H, W, 3)`.
     """
+    return done(image, "color_jitter", color_jitter_draws(seed, amount))
+
+
+def color_jitter_draws(seed: tf.Tensor, amount: float) -> tf.Tensor:
+    """Which of the three come in which order, and their factors: `(3, 2)`."""
     seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, JITTER)))
     factors = tf.random.stateless_uniform((3,), seeds[0], 1 - amount, 1 + amount)
     order = tf.argsort(tf.random.stateless_uniform((3,), seeds[1]))
-    steps = brightness, contrast, saturation
-    for i in tf.unstack(order):
-        image = _one_of(steps, i, image, factors[i])
-    return image
-
-
-def random_erasing(
-    image: tf.Tensor,
-    seed: tf.Tensor,
-    probability: float,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    ratio: tuple[float, float] = (0.3, 1 / 0.3),
-) -> tf.Tensor:
-    """Fill one box of an image with noise, or leave the image as it is.
-
-    The area of the box is uniform in `area`, the logarithm of height / width in that of
-    `ratio`, and its place among those where it fits. The first of ten draws that is
-    smaller than the image on both sides is taken; where none is, nothing is erased. The
-    noise is normal, apart for each pixel and channel, with the mean and the deviation
-    of ImageNet's pixels: what a model that normalises by these sees is N(0, 1).
-
-    Source: Zhong et al. 2017, "Random Erasing Data Augmentation",
-    https://arxiv.org/abs/1708.04896; noise and draws are those of timm's mode "pixel",
-    https://github.com/huggingface/pytorch-image-models, `timm/data/random_erasing.py`.
-    Differs from timm in that the image is not normalised yet, as our models do that
-    themselves: so the noise is in 0..255, and is not cut to it.
-
-    Args:
-        image: float32 `(H, W, 3)` of 0..255.
-        seed: int64 `(2,)`.
-        probability: How often a box is erased.
-        area: Least and largest area of the box, as a fraction of the image's.
-        ratio: Least and largest height / width of the box, in pixels.
-
-    Returns:
-        `(H, W, 3)`.
-    """
-    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, ERASING), 5))
-    whole = tf.shape(image)[:2]
-    sides = tf.cast(whole, tf.float32)
-    part = tf.random.stateless_uniform((ATTEMPTS,), seeds[0], *area)
-    logarithms = [math.log(limit) for limit in ratio]
-    aspect = tf.exp(tf.random.stateless_uniform((ATTEMPTS,), seeds[1], *logarithms))
-    pixels = part * tf.reduce_prod(sides)
-    sizes = tf.round(tf.sqrt(tf.stack([pixels * aspect, pixels / aspect], -1)))
-    fits = tf.reduce_all((sizes >= 1) & (sizes < sides), axis=-1)
-    happens = tf.random.stateless_uniform((), seeds[2]) < probability
-    size = sizes[tf.argmax(tf.cast(fits, tf.int32))]  # the first that fits
-    offset = tf.floor(tf.random.stateless_uniform((2,), seeds[3]) * (sides - size + 1))
-
-    def erased():
-        box, start = tf.cast(size, tf.int32), tf.cast(offset, tf.int32)
-        shape = tf.concat([box, [3]], 0)
-        noise = tf.random.stateless_normal(shape, seeds[4], IMAGENET[0], IMAGENET[1])
-        around = tf.stack([start, whole - start - box], -1)  # before and after
-        around = tf.concat([around, [[0, 0]]], 0)
-        inside = tf.pad(tf.ones(shape), around) > 0
-        return tf.where(inside, tf.pad(noise, around), image)
-
-    return tf.cond(happens & tf.reduce_any(fits), erased, lambda: image)
+    return tf.stack([tf.cast(order, tf.float32), tf.gather(factors, order)], 1)
 
 
 def _one_of(
@@ -310,3 +298,21 @@ def _one_of(
     branches = [functools.partial(step, image, amount) for step in steps]
     result = tf.switch_case(tf.maximum(choice, 0), branches)
     return tf.ensure_shape(result, image.shape)
+
+
+# By what draws them: the steps on colours, and the number of the first in the draws.
+STEPS = {
+    "rand_augment": (
+        (lambda image, _: image, *OPERATIONS.values()),
+        len(LARGEST) - 1,  # below are those that are none or geometric
+    ),
+    "three_augment": (
+        (
+            lambda image, _: grey(image),
+            lambda image, _: solarize(image, 128),
+            gaussian_blur,
+        ),
+        0,
+    ),
+    "color_jitter": ((brightness, contrast, saturation), 0),
+}

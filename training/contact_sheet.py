@@ -72,7 +72,7 @@ def draw_training(
             stream = training_batches(data, preprocess, count, **kwargs)
             return list(stream.as_numpy_iterator())
 
-        once = dataclasses.replace(augmentation, repeats=1)
+        once = dataclasses.replace(augmentation, repeats=1, on_accelerator=False)
         shown = batches(few, augmentation=once, token_grid=token_grid)
         shown = batches(few, epochs=1, token_grid=token_grid) + shown
         order = [np.argsort(numbers) for _, numbers in batches(numbered)]

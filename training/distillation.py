@@ -12,6 +12,7 @@ from keras import ops
 import keras_vit
 from keras_vit.model_file import read_model
 from keras_vit.resampling import resize
+from training.accelerated import augmented
 from training.files import checkpoint_source
 from training.loss import DistillationLoss, SoftAccuracy
 
@@ -55,7 +56,7 @@ class Distillation(keras.Model):
         temperature: By which logits are divided in soft distillation; positive.
 
     Call arguments:
-        images: `(B, H, W, 3)`.
+        images: `(B, H, W, 3)`, or with a plan, as `training.accelerated` takes them.
 
     Returns:
         Dictionary of `"class"`, `"distillation"`, `"teacher"` and the network's own
@@ -114,6 +115,7 @@ class Distillation(keras.Model):
         super().compile(optimizer, **kwargs)
 
     def call(self, images, training=None):
+        images = augmented(images)
         outputs = self.heads(images, training=training)
         outputs["teacher"] = self.ask_teacher(images)
         return outputs

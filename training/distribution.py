@@ -106,8 +106,15 @@ class Placement:
         Raises:
             ValueError: If what is sent through the model at once is no multiple of the
                 copies of the model, or, where images are mixed, of twice the processes;
-                if TensorFlow is to accumulate on several devices.
+                if TensorFlow is to accumulate on several devices, or several are to
+                augment.
         """
+        count = self.devices.data * self.devices.model
+        if recipe.augmentation.on_accelerator and count > 1:
+            raise ValueError(
+                "on_accelerator must be False on several devices, each of which has a "
+                f"part of a batch that is mixed as a whole, got {count} devices."
+            )
         unit, why = self.devices.data, f"{self.devices.data} devices"
         mixes = recipe.augmentation.mixup or recipe.augmentation.cutmix
         if mixes and self.processes > 1:

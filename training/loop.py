@@ -50,6 +50,7 @@ from training.task import (
     check_fits,
     has_own_loss,
     is_segmentation,
+    network_of,
     objective,
     preprocess_for,
     token_grid,
@@ -213,11 +214,12 @@ def compile_model(model: keras.Model, recipe: Recipe, updates_per_epoch: int) ->
     if has_own_loss(model):
         model.compile(optimizer(model, recipe, updates_per_epoch))
         return
-    loss, metrics = objective(model, recipe.loss)
-    if recipe.class_weights is not None and not is_segmentation(model):
+    network = network_of(model)
+    loss, metrics = objective(network, recipe.loss)
+    if recipe.class_weights is not None and not is_segmentation(network):
         metrics = [CountedAccuracy(name="accuracy")]
     # Rows that fill up a batch weigh nothing; pixels that do are of no class.
-    kind = "metrics" if is_segmentation(model) else "weighted_metrics"
+    kind = "metrics" if is_segmentation(network) else "weighted_metrics"
     rule = optimizer(model, recipe, updates_per_epoch)
     model.compile(rule, loss, **{kind: metrics})
 

@@ -72,15 +72,32 @@ def window(
         offset: `(top, left)` of the part.
         interpolation: `"bilinear"` or `"bicubic"`.
     """
+    scale = tf.cast(scale, tf.float32)
+    shift = -tf.cast(offset, tf.float32)
+    for axis in (0, 1):
+        image = _rows_scaled(image, size[axis], scale[axis], shift[axis], interpolation)
+        image = tf.transpose(image, (1, 0, 2))  # rows become columns, and back again
+    return _clipped(image)
+
+
+def _rows_scaled(image, count, scale, shift, interpolation):
+    """Scale and translate an image `(h, w, 3)` along its rows: `(count, w, 3)`.
+
+    The kernel goes over the channels of a pixel at a time. Here a whole row are the
+    channels of one pixel: both axes take a third of the time, for the same numbers.
+    """
+    height, width, channels = tf.unstack(tf.shape(image))
     found = tf.raw_ops.ScaleAndTranslate(
-        images=image[None],
-        size=size,
-        scale=tf.cast(scale, tf.float32),
-        translation=-tf.cast(offset, tf.float32),
+        images=tf.reshape(image, (1, height, 1, width * channels)),
+        size=tf.stack([count, 1]),
+        scale=tf.stack([scale, 1.0]),
+        translation=tf.stack([shift, 0.0]),
         kernel_type=KERNELS[interpolation],
         antialias=True,
     )
-    return _clipped(found[0])
+    static = count if isinstance(count, int) else None
+    found = tf.reshape(found, (count, width, channels))
+    return tf.ensure_shape(found, (static, *image.shape[1:]))
 
 
 def resize_mask(mask: tf.Tensor, preprocess: Preprocess) -> tf.Tensor:
@@ -122,7 +139,9 @@ def crop_matrix(offset: tf.Tensor, size: tf.Tensor, whole: tf.Tensor) -> tf.Tens
 
 def scaled(image: tf.Tensor, size: tf.Tensor, interpolation: str) -> tf.Tensor:
     """Resize one image to `size` (H, W), antialiased: float32 of 0..255."""
-    return _clipped(tf.image.resize(image, size, interpolation, antialias=True))
+    shape = tf.cast(tf.shape(image)[:2], tf.float32)
+    scale = tf.cast(size, tf.float32) / shape
+    return window(image, size, scale, tf.zeros(2), interpolation)
 
 
 def _clipped(image):
@@ -189,7 +208,8 @@ def orientation(data: tf.Tensor) -> tf.Tensor:
     Source: JEITA CP-3451, "Exif 2.3", tag 0x0112; the segment APP1 of a JPEG.
     """
     is_jpeg = _has(data, 0, b"\xff\xd8\xff")
-    return tf.cond(is_jpeg, lambda: _walk_jpeg(data)[1], lambda: tf.constant(1))
+    tells = tf.size(tf.strings.split(data, "Exif\0\0", maxsplit=1)) > 1  # in no time
+    return tf.cond(is_jpeg & tells, lambda: _walk_jpeg(data)[1], lambda: tf.constant(1))
 
 
 def upright(image: tf.Tensor, number: tf.Tensor) -> tf.Tensor:

@@ -77,6 +77,8 @@ class Augmentation:
         cutmix: The same for CutMix.
         mix_probability: Part of the batches that are mixed at all.
         cutmix_probability: Part of those that go to CutMix, where there is MixUp too.
+        on_accelerator: Whether pixels are changed within the training step, on its
+            device, and not while they are read; what is done stays the same.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -95,6 +97,7 @@ class Augmentation:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     cutmix_probability: float = 0.5
+    on_accelerator: bool = False
 
     def __post_init__(self):
         check_number(self, "repeats", int, lambda x: x > 0, "a positive int")
@@ -104,6 +107,10 @@ class Augmentation:
             check_number(self, name, float, lambda x: 0 <= x <= 1, "in [0, 1]")
         for name in ("label_smoothing", "color_jitter"):
             check_number(self, name, float, lambda x: 0 <= x < 1, "in [0, 1)")
+        if not isinstance(self.on_accelerator, bool):
+            raise ValueError(
+                f"on_accelerator must be True or False, got {self.on_accelerator!r}."
+            )
         for name, known in ARGUMENTS.items():
             self._check_arguments(name, known)
 

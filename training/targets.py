@@ -193,6 +193,32 @@ def mix(
     Raises:
         ValueError: If one of both is negative, or a probability is not in 0..1.
     """
+    amounts = mixup, cutmix, mix_probability, cutmix_probability
+    drawn = mix_draws(seed, tf.shape(images)[1:3], *amounts)
+    if drawn is None:
+        return images, targets
+    size = tf.shape(images)[1:3]
+    targets = {name: mixed(x, drawn, size) for name, x in targets.items()}
+    return mixed(images, drawn, size), targets
+
+
+def mix_draws(
+    seed: tf.Tensor,
+    size: tf.Tensor,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    mix_probability: float = 1.0,
+    cutmix_probability: float = 0.5,
+) -> tf.Tensor | None:
+    """What `mix` draws for a batch of images of `size` (H, W).
+
+    Returns:
+        float32 `(5,)`: top, bottom, left and right of a box, in pixels, and how much of
+        each pixel in it is the partner's; None where nothing is ever mixed.
+
+    Raises:
+        ValueError: As `mix`.
+    """
     if min(mixup, cutmix) < 0:
         raise ValueError(
             f"mixup and cutmix must not be negative, got {mixup} and {cutmix}."
@@ -204,28 +230,10 @@ def mix(
             f"{mix_probability} and {cutmix_probability}."
         )
     if not (mixup or cutmix) or not mix_probability:
-        return images, targets
+        return None
     if not (mixup and cutmix):
         cutmix_probability = float(cutmix > 0)
-    size, seed = tf.shape(images)[1:3], tf.random.fold_in(seed, MIX)
-    amounts = mixup, cutmix, mix_probability, cutmix_probability
-    share = _partners_share(size, seed, *amounts)
-
-    def mixed(x):
-        is_grid = x.shape.rank == 4
-        part = share(tf.shape(x)[1:3])[..., None] if is_grid else share([1, 1])
-        return (1 - part) * x + part * x[::-1]
-
-    return mixed(images), {name: mixed(x) for name, x in targets.items()}
-
-
-def _partners_share(size, seed, mixup, cutmix, mix_probability, cutmix_probability):
-    """Draw a mix for images of `size` (H, W).
-
-    Returns a function: from the size `(h, w)` of a grid over the image to the part of
-    each of its cells that comes from the partner, float32 `(h, w)`.
-    """
-    seeds = tf.unstack(tf.random.split(seed, 3))
+    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, MIX), 3))
     mixes, cuts = tf.unstack(tf.random.stateless_uniform((2,), seeds[0]))
     mixes, cuts = mixes < mix_probability, cuts < cutmix_probability
     alpha = tf.where(cuts, float(cutmix), float(mixup))
@@ -237,19 +245,40 @@ def _partners_share(size, seed, mixup, cutmix, mix_probability, cutmix_probabili
     centre = tf.floor(tf.random.stateless_uniform((2,), seeds[2]) * size)
     half = tf.floor(tf.floor(size * tf.sqrt(1 - kept)) / 2)  # whole pixels, as in timm
     low, high = tf.maximum(centre - half, 0), tf.minimum(centre + half, size)
+    box = tf.where(cuts, tf.stack([low, high], 1), tf.stack([0 * size, size], 1))
+    part = tf.where(cuts, 1.0, 1 - kept)
+    return tf.concat([tf.reshape(box, [-1]), [part]], 0)
+
+
+def mixed(x: tf.Tensor, drawn: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Mix images, or labels, with those in reversed order.
+
+    Args:
+        x: `(B, C)` of images, or of a grid over them, `(B, h, w, C)`.
+        drawn: What `mix_draws` gave.
+        size: `(H, W)` of the images.
+
+    Returns:
+        Of the same shape.
+    """
+    size, shape = tf.cast(size, tf.float32), tf.shape(x)
 
     def covered(axis, count):
         """Part of each of `count` cells along one axis that lies in the box."""
         count = tf.cast(count, tf.float32)
         edges = tf.range(count + 1) * size[axis] / count
-        edges = tf.clip_by_value(edges, low[axis], high[axis])
+        edges = tf.clip_by_value(edges, drawn[2 * axis], drawn[2 * axis + 1])
         return (edges[1:] - edges[:-1]) * count / size[axis]
 
-    def share(grid):
-        box = covered(0, grid[0])[:, None] * covered(1, grid[1])
-        return tf.where(cuts, box, 1 - kept)
-
-    return share
+    is_grid = x.shape.rank == 4
+    cells = shape[1:3] if is_grid else (1, 1)
+    part = covered(0, cells[0])[:, None] * covered(1, cells[1]) * drawn[4]
+    if is_grid:
+        part = tf.tile(part[..., None], (1, 1, shape[3]))
+    part = tf.reshape(part, (1, -1))
+    rows = tf.reshape(x, (shape[0], -1))  # a long last axis is quick to go along
+    rows = (1 - part) * rows + part * tf.reverse(rows, [0])
+    return tf.ensure_shape(tf.reshape(rows, shape), x.shape)
 
 
 def smooth(targets: dict[str, tf.Tensor], amount: float) -> dict[str, tf.Tensor]:

@@ -11,6 +11,7 @@ from keras import ops
 
 import keras_vit
 from keras_vit.embedding import Preprocess
+from training.accelerated import Augmented
 from training.data import Dataset
 from training.distillation import Distillation, read_teacher
 from training.loss import SoftAccuracy, TokenLabelingLoss, classification_loss
@@ -81,7 +82,7 @@ def trainer(network: keras.Model, recipe: Recipe) -> keras.Model:
     """What `fit` is called on: the network, or what trains it in a way of its own.
 
     Returns:
-        The network, or a `TokenLabeling` or a `Distillation` around it.
+        The network, or a `TokenLabeling`, a `Distillation` or an `Augmented` around it.
 
     Raises:
         FileNotFoundError: If there is no such teacher.
@@ -102,7 +103,8 @@ def trainer(network: keras.Model, recipe: Recipe) -> keras.Model:
         )
     how = recipe.token_labeling
     if how is None:
-        return network
+        on_accelerator = recipe.augmentation.on_accelerator
+        return Augmented(network) if on_accelerator else network
     loss = TokenLabelingLoss(how.dense_weight, how.class_weight, how.ground_truth)
     mix = None if how.mix_token is None else keras_vit.MixToken(how.mix_token)
     return TokenLabeling(network, loss, mix)
@@ -110,13 +112,13 @@ def trainer(network: keras.Model, recipe: Recipe) -> keras.Model:
 
 def network_of(model: keras.Model) -> keras.Model:
     """The network inside of what `trainer` returns."""
-    own = isinstance(model, TokenLabeling | Distillation)
+    own = isinstance(model, TokenLabeling | Distillation | Augmented)
     return model.network if own else model
 
 
 def has_own_loss(model: keras.Model) -> bool:
     """Whether loss and metrics are those of a trainer around the network."""
-    return network_of(model) is not model
+    return isinstance(model, TokenLabeling | Distillation)
 
 
 def run_variables(model: keras.Model) -> list:

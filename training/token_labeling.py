@@ -4,6 +4,7 @@ import keras
 from keras import layers, ops
 
 from keras_vit import FeatureMap, MixToken
+from training.accelerated import augmented
 from training.loss import SoftAccuracy, SoftCrossEntropy, TokenLabelingLoss
 
 
@@ -39,7 +40,7 @@ class TokenLabeling(keras.Model):
         mix: `MixToken`; None for no mixing.
 
     Call arguments:
-        images: `(B, H, W, 3)`.
+        images: `(B, H, W, 3)`, or with a plan, as `training.accelerated` takes them.
 
     Returns:
         Dictionary of `"class"` `(B, C)`, `"tokens"` `(B, h, w, C)`, the network's own
@@ -102,7 +103,7 @@ class TokenLabeling(keras.Model):
         super().compile(optimizer, **kwargs)
 
     def call(self, images, training=None):
-        grid = self.stem(images, training=training)
+        grid = self.stem(augmented(images), training=training)
         mixes = training and self.mix is not None
         return self.label_tokens(
             grid, self.mix.draw_box(grid) if mixes else None, training
