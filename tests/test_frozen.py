@@ -141,7 +141,8 @@ def test_a_block_is_as_few_kernels_as_onednn_has_for_it(tmp_path, gelu, precisio
     assert count[f"{product}+Add"] == 2 * 2, count
     assert count["Softmax"] == 2 + 1, count  # and that of the classes
     assert not any(op in count for op in ("Mean", "Erf", "Tanh")), count
-    assert count["AddV2"] == 1, count  # the table of positions
+    offset = precision == "bfloat16"  # of the pixels, which float32 has folded
+    assert count["AddV2"] == 1 + offset, count  # and the table of positions
     if precision == "bfloat16":  # pixels to bfloat16, pooled tokens back, answers
         assert count["Cast"] <= 4, count
 
