@@ -29,7 +29,7 @@ def fold(model: keras.Model, pixels: bool = True) -> None:
     attention into the queries.
 
     Args:
-        model: Any model of this package.
+        model: Any model, as loaded from a file: its Dense layers are plain.
         pixels: Whether mean and deviation of the pixels go into the patch embedding,
             where no zeros are added between the two. In bfloat16 that would round
             pixels of 0..255, and twice the error.
@@ -94,16 +94,15 @@ def _fold_pixels(model):
 def set_precision(model: keras.Model, precision: str) -> None:
     """Let a model compute in `"float32"` or `"bfloat16"`, in place.
 
-    Pixels, logits and what stands between the head and them are float32 in any case.
+    What normalises pixels, a layer whose output is the model's, and one that is called
+    `head`, `head_dist` or `token_head` compute in float32 in any case.
     """
     policy = "float32" if precision == "float32" else f"mixed_{precision}"
     outputs = {x._keras_history.operation for x in keras.tree.flatten(model.outputs)}
-    for layer in model.layers:
+    for layer in model._flatten_layers(include_self=False):
         kept = isinstance(layer, PixelNormalization | Classifier)
-        if kept or layer in outputs or layer.name in FLOAT32_LAYERS:
-            continue
-        for part in layer._flatten_layers():
-            part.dtype_policy = keras.DTypePolicy(policy)
+        if not (kept or layer in outputs or layer.name in FLOAT32_LAYERS):
+            layer.dtype_policy = keras.DTypePolicy(policy)
 
 
 def constants(model: keras.Model, freeze: bool | None) -> list[np.ndarray] | None:

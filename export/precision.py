@@ -1,13 +1,15 @@
 """What an artifact that computes in less than float32 costs, measured on itself."""
 
-import dataclasses
+import collections
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import numpy as np
 
 from export.runtime import Runtime
+from keras_vit.embedding import Preprocess
 
 PRECISIONS = ("float32", "bfloat16")
 TOLERANCES = {  # of max(1, max |logit|)
@@ -18,21 +20,7 @@ TOLERANCES = {  # of max(1, max |logit|)
 BATCH = 8
 SYNTHETIC = 32  # images, where none are given
 
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Images with the answers of the trained model.
-
-    Args:
-        images: Raw pixels of 0..255, `(N, H, W, 3)`.
-        labels: Class of each, or of each pixel, `(N, ...)`, -1 for one that does not
-            count; None where nobody knows.
-        logits: float32 `(N, ..., C)`, of the model that is exported.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    logits: np.ndarray
+Samples = tuple[np.ndarray, np.ndarray | None]  # raw pixels and, if known, labels
 
 
 def check_precision(precision: str | None) -> None:
@@ -74,37 +62,84 @@ def synthetic(height: int, width: int) -> np.ndarray:
     return np.stack(images).astype("uint8")
 
 
-def compare(directory: Path, samples: Samples) -> dict:
-    """Figures of an artifact beside the model that it was made of.
+def check_samples(samples, model: keras.Model) -> Samples:
+    """Images and labels that a precision is judged on; noise where none are given.
+
+    Raises:
+        ValueError: If they are no images of the model's size, or labels of another
+            number or shape than its answers.
+    """
+    images, labels = samples if isinstance(samples, tuple | list) else (samples, None)
+    if images is None:
+        images = synthetic(*Preprocess.of_model(model).image_size)
+    shape, taken = np.shape(images), model.input_shape
+    sizes = zip(shape[1:], taken[1:], strict=False)
+    if len(shape) != 4 or not shape[0] or any(b not in (None, a) for a, b in sizes):
+        raise ValueError(
+            f"samples must be raw pixels (N, H, W, C) for a model of {taken}, or a "
+            f"pair of them and their labels, got an array of shape {shape}."
+        )
+    answers = (shape[0], *shape[1:3]) if len(model.output_shape) == 4 else shape[:1]
+    if labels is not None and np.shape(labels) != answers:
+        raise ValueError(
+            f"The labels of samples must have the shape {answers}, got "
+            f"{np.shape(labels)}."
+        )
+    return images, None if labels is None else np.asarray(labels)
+
+
+def compare(
+    directory: Path,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    answer: Callable[[np.ndarray], np.ndarray],
+) -> dict:
+    """Figures of an artifact beside the model that it was made of, batch by batch.
+
+    Args:
+        directory: The version directory.
+        images: Raw pixels `(N, H, W, 3)`.
+        labels: Class of each, or of each pixel, `(N, ...)`, -1 for one that does not
+            count; None where nobody knows.
+        answer: The model: float32 images `(B, H, W, 3)` to logits.
 
     Returns:
-        `images`; `same_best_class`, in how many answers, of images or pixels, the best
-        class is that of the model, as a fraction; `largest_difference` of logits and
-        `mean_difference`, relative to the largest |logit|; where there are labels
+        `images`; `same_best_class`, in which part of the answers, of images or pixels,
+        the best class is that of the model; `largest_difference` and
+        `mean_difference` of logits, relative to max(1, max |logit|); where labels count
         `accuracy_of_model` and `accuracy`.
     """
-    found = []
+    sums = collections.Counter()
+    largest = peak = 0.0
     with Runtime(directory) as runtime:
         name = "logits" if "logits" in runtime.signatures else "images"
-        for i in range(0, len(samples.images), BATCH):
-            images = samples.images[i : i + BATCH].astype("float32")
-            found.append(runtime.run(name, images=images)["logits"])
-    logits = np.concatenate(found)
-    difference = np.abs(logits - samples.logits) / np.abs(samples.logits).max()
-    best, best_of_model = logits.argmax(-1), samples.logits.argmax(-1)
+        for i in range(0, len(images), BATCH):
+            batch = np.asarray(images[i : i + BATCH], "float32")
+            expected = answer(batch)
+            logits = runtime.run(name, images=batch)["logits"]
+            difference = np.abs(logits - expected)
+            largest = max(largest, float(difference.max()))
+            peak = max(peak, float(np.abs(expected).max()))
+            best, best_of_model = logits.argmax(-1), expected.argmax(-1)
+            sums["logits"] += logits.size
+            sums["difference"] += float(difference.sum(dtype="float64"))
+            sums["answers"] += best.size
+            sums["same"] += int((best == best_of_model).sum())
+            if labels is not None:
+                truth = labels[i : i + BATCH]
+                sums["labels"] += int((truth >= 0).sum())
+                sums["right"] += int((best == truth).sum())
+                sums["right_of_model"] += int((best_of_model == truth).sum())
+    scale = max(1.0, peak)
     figures = {
-        "images": len(logits),
-        "same_best_class": float((best == best_of_model).mean()),
-        "largest_difference": float(difference.max()),
-        "mean_difference": float(difference.mean()),
+        "images": len(images),
+        "same_best_class": sums["same"] / sums["answers"],
+        "largest_difference": largest / scale,
+        "mean_difference": sums["difference"] / sums["logits"] / scale,
     }
-    if samples.labels is not None:
-        known = samples.labels >= 0
-        right = best_of_model == samples.labels, best == samples.labels
-        names = "accuracy_of_model", "accuracy"
-        figures |= {
-            k: float(x[known].mean()) for k, x in zip(names, right, strict=True)
-        }
+    if sums["labels"]:
+        figures["accuracy_of_model"] = sums["right_of_model"] / sums["labels"]
+        figures["accuracy"] = sums["right"] / sums["labels"]
     return figures
 
 
@@ -119,7 +154,7 @@ def _in_words(figures):
     told = (
         f"{figures['images']} images: best class as that of the model in "
         f"{figures['same_best_class']:.2%}, logits within "
-        f"{figures['largest_difference']:.2g} of the largest"
+        f"{figures['largest_difference']:.2g} of max(1, the largest)"
     )
     if "accuracy" in figures:
         told += (

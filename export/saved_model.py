@@ -23,13 +23,11 @@ import keras_vit
 from export.bundle import pinned, served_name, write_bundle
 from export.checks import reference_images, sampled
 from export.precision import (
-    BATCH,
     TOLERANCES,
-    Samples,
     check_precision,
+    check_samples,
     compare,
     computes_in,
-    synthetic,
 )
 from export.verify import Report, verify
 from export.versions import publish, staging, versions
@@ -84,8 +82,8 @@ def export_saved_model(
             once on a CPU, and of which a server has a copy for each signature that is
             asked; or variables, which are shared. None for constants in half precision
             up to 256 MiB.
-        samples: Images that the precision is judged on: raw pixels `(N, H, W, 3)` of
-            0..255, or a pair of them and their labels; None for 32 of noise.
+        samples: Images that a lower precision is judged on: raw pixels `(N, H, W, 3)`
+            of 0..255, or a pair of them and their labels; None for 32 of noise.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -96,8 +94,8 @@ def export_saved_model(
         FileExistsError: If the version exists already; versions are never changed.
         ValueError: If the file is no model, `labels` does not fit, the rebuilt model
             answers differently, the artifact does not pass `verify`, `precision` is
-            unknown, weights of 2 GiB are to be frozen, or `bundle/models.config` was
-            changed by hand and cannot be read.
+            unknown, `samples` do not fit, weights of 2 GiB are to be frozen, or
+            `bundle/models.config` was changed by hand and cannot be read.
         RuntimeError: If the child process fails.
     """
     directory = Path(directory)
@@ -112,6 +110,14 @@ def export_saved_model(
     if not isinstance(model, keras.Model):
         model = read_model(model_or_file)
     labels = labels_of(model, labels)
+    is_lower = precision == "bfloat16" != computes_in(model)
+    if samples is not None and not is_lower:
+        raise ValueError(
+            "samples are for a lower precision than that of the model, such as "
+            f"precision='bfloat16' of one of float32, got {precision!r} of one of "
+            f"{computes_in(model)}."
+        )
+    samples = check_samples(samples, model)
     bar = tqdm(total=len(STAGES), unit=" stages", disable=not progress)
     with staging(directory) as target, tempfile.TemporaryDirectory() as scratch, bar:
         bar.set_description(STAGES[0])
@@ -121,10 +127,10 @@ def export_saved_model(
         bar.set_description("verify")
         report = verify(target, progress=False)
         if not report.ok:
-            raise ValueError(f"The artifact does not pass verify:\n{report}")
-        cost = None
-        if precision == "bfloat16" != computes_in(model):
-            cost = compare(target, _samples(model, samples))
+            hint = " Pass precision=None for the model's own." if is_lower else ""
+            raise ValueError(f"The artifact does not pass verify.{hint}\n{report}")
+        answer = _answering_on_cpu(model)
+        cost = compare(target, *samples, answer) if is_lower else None
         _record(target, report, cost)
         bar.update()
         bar.set_description("publish")
@@ -180,19 +186,27 @@ def prepare(model, scratch, target, labels, top_k=1, max_pixels=None):
 
 def logits_on_cpu(model, images):
     """Logits by the backend of this process, computed on the CPU."""
+    return _answering_on_cpu(model)(images)
+
+
+def _answering_on_cpu(model):
     weights = [
         [keras.ops.convert_to_numpy(v) for v in variables]
         for variables in (model.trainable_variables, model.non_trainable_variables)
     ]
-    flash = keras.config.is_flash_attention_enabled()
-    keras.config.disable_flash_attention()  # JAX would take the GPU's for the CPU too
-    try:
-        with keras.device("cpu:0"):
-            logits, _ = model.stateless_call(*weights, images, training=False)
-    finally:
-        if flash is not False:
-            keras.config.enable_flash_attention()
-    return keras.ops.convert_to_numpy(logits)
+
+    def answer(images):
+        flash = keras.config.is_flash_attention_enabled()
+        keras.config.disable_flash_attention()  # JAX would take the GPU's for the CPU
+        try:
+            with keras.device("cpu:0"):
+                logits, _ = model.stateless_call(*weights, images, training=False)
+        finally:
+            if flash is not False:
+                keras.config.enable_flash_attention()
+        return keras.ops.convert_to_numpy(logits)
+
+    return answer
 
 
 def run_worker(job, bar, module="export.worker"):
@@ -233,18 +247,6 @@ def run_worker(job, bar, module="export.worker"):
                 f"The export process ended with status {worker.returncode}:\n"
                 + log.read()[-4000:]
             )
-
-
-def _samples(model, samples) -> Samples:
-    """What is given, or noise, and the logits of the model."""
-    images, labels = samples if isinstance(samples, tuple) else (samples, None)
-    if images is None:
-        images = synthetic(*Preprocess.of_model(model).image_size)
-    batches = range(0, len(images), BATCH)
-    logits = [
-        logits_on_cpu(model, images[i : i + BATCH].astype("float32")) for i in batches
-    ]
-    return Samples(images, labels, np.concatenate(logits))
 
 
 def _record(target: Path, report: Report, cost: dict | None) -> None:

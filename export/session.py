@@ -268,6 +268,7 @@ def _library(folder: str) -> ctypes.CDLL:
 def _describe(folder: str, data: bytes) -> tuple[dict, list[str]]:
     """Signatures and op names of a serialized MetaGraphDef."""
     package = types.ModuleType("tensorflow")  # the messages without the rest
+    package.__spec__ = importlib.util.find_spec("tensorflow")  # for another session
     package.__path__ = [folder]
     sys.modules["tensorflow"] = package
     from tensorflow.core.framework import types_pb2

@@ -29,6 +29,7 @@ import tensorflow as tf
 
 from export.features import answering
 from export.images import checked, each, inspect_all, strict, tolerant
+from keras_vit import kernels
 from keras_vit.embedding import Preprocess
 from training.preprocess import decode, scaled
 
@@ -235,7 +236,7 @@ def _network(model, values):
         missing = tf.maximum(1 - number, 0)
         images = tf.pad(images, [[0, missing], [0, 0], [0, 0], [0, 0]])
         images = tf.ensure_shape(images, spec.shape)
-        with _weights(model, values):
+        with _weights(model, values), kernels.serving():
             found = answers(images, training=False)
         return {key: x[:number] for key, x in found.items()}
 

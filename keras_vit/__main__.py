@@ -190,14 +190,16 @@ def export(
     OpenVINO instead.
     """
     from export import export_saved_model
-    from export.precision import check_precision, precision_cost
+    from export.precision import check_precision, computes_in, precision_cost
     from export.targets import TARGETS, check_target, export_to
+    from keras_vit.model_file import read_model
     from training.evaluation import held_out
     from training.files import model_file
 
     if directory.suffix in TARGETS:
         name = check_target(directory)
-        given = {"version": version, "precision": precision, "freeze": freeze}
+        given = {"version": version, "precision": precision}
+        given |= {"freeze": freeze, "data": data}
         for option, value in given.items():
             if value is not None:
                 raise ValueError(f"A file of {name} has no --{option}, got {value}.")
@@ -212,7 +214,10 @@ def export(
         console.print(f"Exported, and checked in {name}'s own runtime: {written}")
         return
     check_precision(precision)
-    samples = held_out(path, data) if precision == "bfloat16" else None
+    if data is not None and precision != "bfloat16":
+        raise ValueError(f"--data is for --precision bfloat16, got {precision}.")
+    lowers = precision == "bfloat16" != computes_in(read_model(path))
+    samples = held_out(path, data) if lowers else None
     published = export_saved_model(
         path,
         directory,

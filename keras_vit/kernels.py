@@ -7,6 +7,8 @@ Shapes in this file:
     B batch, N and M tokens, D embedding, H heads, d = D / H.
 """
 
+import contextlib
+import contextvars
 import functools
 
 import keras
@@ -65,16 +67,38 @@ def _add(x, y):
     return tf.add_n([x, y])  # of one shape by definition, so it can be fused
 
 
-def layer_norm(x, gamma, beta, epsilon):
-    """Normalise the last axis; mean and variance are float32 under every policy.
+@contextlib.contextmanager
+def serving():
+    """While the graph of a TensorFlow server is traced: the forms that it fuses.
+
+    They are for a server's processor and its session alone. XLA would compute the
+    variance of a LayerNorm as a difference of two large sums.
+    """
+    token = _SERVING.set(True)
+    try:
+        yield
+    finally:
+        _SERVING.reset(token)
+
+
+_SERVING = contextvars.ContextVar("serving", default=False)
+
+
+def is_serving():
+    """Whether the graph of a server is being traced."""
+    return _SERVING.get()
+
+
+def fused_layer_norm(x, gamma, beta, epsilon):
+    """Normalise the last axis, in TensorFlow, in the form that a server fuses.
 
         (x - mean) / sqrt(variance + epsilon) * gamma + beta
 
-    For TensorFlow it is written as a batch normalisation of B N channels: its remapper
-    makes one oneDNN kernel of just that on a CPU, and there is a fused one elsewhere.
+    It is written as a batch normalisation of B N channels: the remapper makes one
+    oneDNN kernel of just that on a CPU. Mean and variance are float32 in any case.
 
     Args:
-        x: `(B, N, D)`.
+        x: `(B, N, D)`, float32 or bfloat16.
         gamma: float32 `(D,)`.
         beta: float32 `(D,)`.
         epsilon: Added to the variance.
@@ -82,8 +106,6 @@ def layer_norm(x, gamma, beta, epsilon):
     Returns:
         `(B, N, D)`, of the dtype of `x`.
     """
-    if keras.backend.backend() != "tensorflow" or x.dtype == "float16":
-        return ops.cast(ops.layer_normalization(x, gamma, beta, -1, epsilon), x.dtype)
     import tensorflow as tf
 
     shape = tf.shape(x)
@@ -135,7 +157,7 @@ def attention(query, key, value, scale, dropout=None, bias=None):
         return ops.transpose(x, (0, 2, 1, 3))
     query = query if scale == 1 else query * scale
     logits = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))
-    if not (bias is None and logits.dtype == "bfloat16" and _sums_in_float32()):
+    if bias is not None or not (is_serving() and _sums_in_float32(logits.dtype)):
         logits = ops.cast(logits, "float32")
     if bias is not None:
         logits = logits + ops.cast(bias, "float32")
@@ -149,19 +171,17 @@ def attention(query, key, value, scale, dropout=None, bias=None):
 
 
 @functools.cache
-def _sums_in_float32():
-    """Whether TensorFlow's softmax of bfloat16 is that of float32, rounded once.
+def _sums_in_float32(dtype):
+    """Whether TensorFlow's softmax of `dtype` is that of float32, rounded once.
 
-    oneDNN's is, which spares two casts of the largest tensor of a block; it is asked,
-    as the kernel for a processor without oneDNN sums in bfloat16.
+    oneDNN's of bfloat16 is, which spares two casts of the largest tensor of a block.
+    It is asked, as the kernel for a processor without oneDNN sums in bfloat16.
     """
-    if keras.backend.backend() != "tensorflow":
-        return False
     import tensorflow as tf
 
     with tf.init_scope():
-        x = tf.cast(tf.linspace(-4.0, 4.0, 197)[None], "bfloat16")
-        rounded = tf.cast(tf.nn.softmax(tf.cast(x, "float32")), "bfloat16")
+        x = tf.cast(tf.linspace(-4.0, 4.0, 197)[None], dtype)
+        rounded = tf.cast(tf.nn.softmax(tf.cast(x, "float32")), dtype)
         return bool(tf.reduce_all(tf.nn.softmax(x) == rounded))
 
 

@@ -1,4 +1,4 @@
-"""LayerNorm, as Keras has it, in the form that each backend is fastest with."""
+"""LayerNorm as Keras has it, but for the graph of a server."""
 
 import keras
 from keras import layers, ops
@@ -10,7 +10,7 @@ serializable = keras.saving.register_keras_serializable("keras_vit")
 
 @serializable
 class LayerNormalization(layers.LayerNormalization):
-    """Keras' LayerNorm over the last axis, computed by `kernels.layer_norm`.
+    """Keras' LayerNorm, which a TensorFlow server computes as one kernel.
 
         (x - mean) / sqrt(variance + epsilon) * gamma + beta
 
@@ -30,5 +30,9 @@ class LayerNormalization(layers.LayerNormalization):
         super().__init__(epsilon=epsilon, **kwargs)
 
     def call(self, x):
-        x = kernels.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        plain = self.scale and self.center and not self.rms_scaling
+        last = list(self.axis) in ([-1], [len(x.shape) - 1])
+        if not (kernels.is_serving() and plain and last) or x.dtype == "float16":
+            return super().call(x)
+        x = kernels.fused_layer_norm(x, self.gamma, self.beta, self.epsilon)
         return ops.cast(x, self.compute_dtype)

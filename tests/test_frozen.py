@@ -12,8 +12,8 @@ from test_export import draw
 from test_verify import flip
 
 from export import Runtime, export_saved_model, frozen, verify
-from export.precision import compare, precision_cost, synthetic
-from export.saved_model import _samples
+from export.precision import check_samples, compare, precision_cost, synthetic
+from export.saved_model import logits_on_cpu
 from keras_vit import CPVT, PCPVT, LVViT, SemanticFPN, ViT
 
 pytestmark = pytest.mark.first  # TensorFlow writes the artifact of every backend
@@ -188,19 +188,47 @@ def test_every_signature_computes_in_bfloat16_and_answers_in_float32(wide, half)
 def test_the_report_tells_what_the_precision_costs(wide, half):
     report = json.loads((half / "assets.extra/report.json").read_text())
     cost = report["precision"]
-    assert cost == compare(half, _samples(wide, None))
     assert cost["images"] == 32 and 0.5 < cost["same_best_class"] <= 1
     assert 0 < cost["mean_difference"] < cost["largest_difference"] < 5e-2
+    again = compare(half, *check_samples(None, wide), answer_of(wide))
+    assert again == pytest.approx(cost)
     assert "best class as that of the model in" in precision_cost(half)
 
 
+def answer_of(model):
+    return lambda images: logits_on_cpu(model, images)
+
+
 def test_accuracy_is_compared_where_labels_are_given(wide, half):
-    x = synthetic(32, 32)[:6]
-    best = to_numpy(wide(x.astype("float32"))).argmax(-1)
-    labels = np.where(np.arange(6) < 3, best, -1)  # three that do not count
-    cost = compare(half, _samples(wide, (x, labels)))
-    assert cost["accuracy_of_model"] == 1.0
-    assert cost["accuracy"] * 3 == pytest.approx(round(cost["accuracy"] * 3))
+    x = synthetic(32, 32)[:10]
+    best = logits_on_cpu(wide, x.astype("float32")).argmax(-1)
+    labels = np.where(np.arange(10) < 9, best, -1)  # one that does not count
+    labels[0] = (best[0] + 1) % 5
+    cost = compare(half, *check_samples((x, labels), wide), answer_of(wide))
+    assert cost["accuracy_of_model"] == pytest.approx(8 / 9)
+    with Runtime(half) as runtime:
+        found = runtime.run("images", images=x.astype("float32"))["logits"].argmax(-1)
+    assert cost["accuracy"] == pytest.approx((found == labels)[:9].mean())
+
+
+@pytest.mark.parametrize(
+    ("samples", "sentence"),
+    [
+        (np.zeros((2, 30, 30, 3)), r"an array of shape \(2, 30, 30, 3\)"),
+        (np.zeros((0, 32, 32, 3)), r"an array of shape \(0, 32"),
+        ([np.zeros((2, 32, 32, 3)), np.zeros(3)], r"shape \(2,\), got \(3,\)"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused_first(wide, tmp_path, samples, sentence):
+    options = {"precision": "bfloat16", "samples": samples}
+    with pytest.raises(ValueError, match=sentence):
+        export_saved_model(wide, tmp_path / "models", **options)
+    assert not (tmp_path / "models").exists()
+
+
+def test_samples_without_a_lower_precision_are_refused(wide, tmp_path):
+    with pytest.raises(ValueError, match="samples are for a lower precision"):
+        export_saved_model(wide, tmp_path, samples=np.zeros((2, 32, 32, 3)))
 
 
 def test_a_flipped_bit_of_a_constant_is_found(half):

@@ -48,48 +48,40 @@ def test_statistics_are_float32_where_tokens_are_not():
     assert np.abs(found - expected).max() <= 2**-8 * np.abs(expected).max()
 
 
-def test_the_gradient_is_that_of_the_equation():
-    x, upstream, step = draw(3, 7), draw(3, 7, seed=3), 1e-3
-    gamma, beta = draw(7, seed=1), draw(7, seed=2)
-
-    def loss(x):
-        return (reference.layer_norm(x, gamma, beta) * upstream).sum()
-
-    expected = np.zeros_like(x, "float64")
-    for place in np.ndindex(x.shape):
-        nudge = np.zeros_like(x, "float64")
-        nudge[place] = step
-        expected[place] = (loss(x + nudge) - loss(x - nudge)) / (2 * step)
-    np.testing.assert_allclose(gradient(x, gamma, beta, upstream), expected, atol=2e-3)
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a server runs TensorFlow"
+)
+def test_that_of_a_server_is_the_same():
+    layer, x = layer_with(7, 1e-3), 100 + draw(3, 5, 7)
+    expected = to_numpy(layer(x))
+    with kernels.serving():
+        assert kernels.is_serving()
+        np.testing.assert_allclose(to_numpy(layer(x)), expected, atol=2e-4)
+        np.testing.assert_allclose(to_numpy(layer(x[0])), expected[0], atol=2e-4)
+    assert not kernels.is_serving()
 
 
-def gradient(x, gamma, beta, upstream):
-    """Of the sum of what comes out, weighted by `upstream`, by `x`."""
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a server runs TensorFlow"
+)
+@pytest.mark.parametrize("change", [{"center": False}, {"scale": False}, {"axis": 1}])
+def test_what_no_server_fuses_is_as_keras_has_it(change):
+    x = draw(2, 5, 8)
+    layer = LayerNormalization(**change)
+    expected = to_numpy(layer(x))
+    with kernels.serving():
+        np.testing.assert_array_equal(to_numpy(layer(x)), expected)
 
-    def loss(x):
-        y = kernels.layer_norm(x, gamma, beta, 1e-6)
-        return keras.ops.sum(y * upstream)
 
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="XLA compiles TensorFlow here"
+)
+def test_xla_keeps_the_digits_of_tokens_far_from_zero():
+    import tensorflow as tf
 
-        x = tf.constant(x)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = loss(x)
-        return tape.gradient(value, x).numpy()
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return np.asarray(jax.grad(loss)(x))
-    import torch
-
-    x, gamma, beta, upstream = (
-        torch.tensor(a, device="cpu") for a in (x, gamma, beta, upstream)
-    )
-    x.requires_grad_()
-    loss(x).backward()
-    return x.grad.numpy()
+    layer, x = layer_with(384), 1000 + draw(1, 5, 384)
+    compiled = tf.function(layer, jit_compile=True)
+    np.testing.assert_allclose(to_numpy(compiled(x)), to_numpy(layer(x)), atol=5e-3)
 
 
 def test_a_model_without_images_has_no_answers():

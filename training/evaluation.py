@@ -1,5 +1,6 @@
 """How good a model is on the held-out part of a dataset."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -79,27 +80,40 @@ def examine(
 def held_out(
     model: Path, data: str | None = None, count: int = 512
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The first held-out images of a dataset, as a model sees them, and their labels.
+    """Held-out images of a dataset, as a model sees them, and their labels.
 
     Args:
         model: A `.keras` file; that of a run knows its data.
         data: As that of `load_data`; None for the data of the run.
-        count: How many at most.
+        count: About how many, evenly spaced; of fewer all.
 
     Returns:
         Raw pixels float32 `(N, H, W, 3)` and labels `(N, ...)`, -1 in pixels that do
         not count; None for a file of no run without `data`.
+
+    Raises:
+        ValueError: If the data do not fit the model or cannot be read.
     """
     run = model.parent / "run.json"
     if data is None:
         if not run.is_file():
             return None
         data = json.loads(run.read_text())["data"]["name"]
-    images = load_data(data)
-    preprocess = preprocess_for(read_model(model), images)
-    batches = validation_batches(images, preprocess, 64).take(-(-count // 64))
+    network, images = read_model(model), load_data(data)
+    check_fits(network, images)
+    step = max(1, images.sizes["validation"] // count)
+
+    def spaced(part):
+        numbered = images.stream(part).enumerate()
+        return numbered.filter(lambda i, _: i % step == 0).map(lambda _, x: x)
+
+    kept = {"validation": -(-images.sizes["validation"] // step)}
+    few = dataclasses.replace(images, stream=spaced, sizes=images.sizes | kept)
+    damage = HeldOutDamage(few)
+    preprocess = preprocess_for(network, images)
+    batches = validation_batches(few, preprocess, 64, damaged=damage.tell)
     found = zip(*batches.as_numpy_iterator(), strict=True)
-    pixels, labels = (np.concatenate(x)[:count] for x in found)
+    pixels, labels = (np.concatenate(x) for x in found)
     labels = labels.astype("int64")
     return pixels, np.where(labels == IGNORED, -1, labels) if images.masks else labels
 

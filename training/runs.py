@@ -22,7 +22,11 @@ from training.recipe import Recipe
 PACKAGES = ("keras", "tensorflow", "jax", "torch", "numpy", "keras-vit")
 
 # what a run may go on with another value of
-FREE = ("recipe.damaged_images", "recipe.remat")
+FREE = (
+    "recipe.damaged_images",
+    "recipe.remat",
+    "recipe.augmentation.on_accelerator",
+)
 
 
 def describe_run(
