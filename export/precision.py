@@ -34,8 +34,8 @@ def check_precision(precision: str | None) -> None:
     reason = ""
     if precision == "int8":
         reason = (
-            " TensorFlow's int8 kernels were slower than its bfloat16 ones in a vision "
-            "transformer (benchmarks/README.md)."
+            " No int8 is made: the figures in benchmarks/README.md say why; bfloat16 is "
+            "what is nearest."
         )
     known = ", ".join(map(repr, PRECISIONS))
     raise ValueError(
