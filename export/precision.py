@@ -34,8 +34,8 @@ def check_precision(precision: str | None) -> None:
     reason = ""
     if precision == "int8":
         reason = (
-            " No int8 is made: the figures in benchmarks/README.md say why; bfloat16 is "
-            "what is nearest."
+            " No int8 is made, benchmarks/README.md says why; bfloat16 is what is "
+            "nearest."
         )
     known = ", ".join(map(repr, PRECISIONS))
     raise ValueError(
