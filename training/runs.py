@@ -22,11 +22,7 @@ from training.recipe import Recipe
 PACKAGES = ("keras", "tensorflow", "jax", "torch", "numpy", "keras-vit")
 
 # what a run may go on with another value of
-FREE = (
-    "recipe.damaged_images",
-    "recipe.remat",
-    "recipe.augmentation.on_accelerator",
-)
+FREE = ("recipe.damaged_images", "recipe.remat")
 
 
 def describe_run(
