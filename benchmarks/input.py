@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
+from contestants import import_timm
 from sklearn.datasets import load_sample_images
-from throughput import import_timm
 from tqdm.auto import tqdm
 
 from keras_vit.embedding import Preprocess

@@ -79,7 +79,7 @@ def test_noise_is_that_of_tensorflow_to_the_number():
     seeds = [[3, 4], [2**40 + 1, -7], [0, 0]]
     images = tf.zeros((3, 2, 2, 3), tf.uint8)
     plan = {"box": tf.zeros((3, 4), tf.int32), "noise": tf.constant(seeds, tf.int64)}
-    state = packed(images, plan, None, None)["noise"]
+    state = packed(images, plan, None)["noise"]
     found = to_numpy(normal(keras.ops.convert_to_tensor(state.numpy()), 1001))
     for numbers, seed in zip(found, seeds, strict=True):
         expected = tf.random.stateless_normal((1001,), seed)

@@ -27,6 +27,7 @@ from keras_vit.embedding import Preprocess
 from keras_vit.encoder import unknown
 from training.box import decode_box
 from training.preprocess import crop_matrix, scaled
+from training.slide import slid
 
 # Streams of a seed; `affines` has the bare one.
 CROP, FLIP, RAND_AUGMENT, MIX, SCALING, ERASING, COLORS, JITTER = range(8)
@@ -80,17 +81,64 @@ def random_resized_crop(
         ValueError: If a limit is not positive, or the lower above the higher, or the
             interpolation is unknown.
     """
-    if interpolation not in (None, *INTERPOLATIONS, "random"):
-        known = (*INTERPOLATIONS, "random", None)
-        raise ValueError(unknown("interpolation", interpolation, known))
+    draws = crop_draws(seed, 1, scale, ratio)[0]
+    return drawn_crop(file, preprocess, draws, ratio, interpolation)
+
+
+def crop_draws(
+    seed: tf.Tensor,
+    batch: tf.Tensor,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tf.Tensor:
+    """What `drawn_crop` needs for each image: `(B, 12, 2)`.
+
+    Ten times height and width, of an image of area 1; a place among those where the
+    crop fits, of 0..1; and a number of 0..1, twice, that chooses the interpolation.
+    """
     for name, (low, high) in (("scale", scale), ("ratio", ratio)):
         if not 0 < low <= high:
             raise ValueError(
                 f"{name} must be two limits, 0 < low <= high, got {low} and {high}."
             )
 
+    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, CROP), 3))
+    area = tf.random.stateless_uniform((batch, ATTEMPTS), seeds[0], *scale)
+    logarithms = [math.log(limit) for limit in ratio]
+    aspect = tf.random.stateless_uniform((batch, ATTEMPTS), seeds[1], *logarithms)
+    aspect = tf.exp(aspect)
+    sides = tf.sqrt(tf.stack([area / aspect, area * aspect], -1))
+    place = tf.random.stateless_uniform((batch, 1, 2), seeds[2])
+    chosen = tf.random.stateless_uniform(
+        (batch, 1, 1), tf.random.fold_in(seed, SCALING)
+    )
+    return tf.concat([sides, place, tf.tile(chosen, (1, 1, 2))], 1)
+
+
+def drawn_crop(
+    file: tf.Tensor,
+    preprocess: Preprocess,
+    draws: tf.Tensor,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`random_resized_crop` of what `crop_draws` drew for one image, `(12, 2)`."""
+    if interpolation not in (None, *INTERPOLATIONS, "random"):
+        known = (*INTERPOLATIONS, "random", None)
+        raise ValueError(unknown("interpolation", interpolation, known))
+
     def choose(whole):
-        return _random_window(tf.cast(whole, tf.float32), seed, scale, ratio)
+        whole = tf.cast(whole, tf.float32)
+        sizes = tf.round(tf.sqrt(tf.reduce_prod(whole)) * draws[:ATTEMPTS])
+        fits = tf.reduce_all((sizes >= 1) & (sizes <= whole), axis=-1)
+        found = tf.reduce_any(fits)
+        first = tf.argmax(tf.cast(fits, tf.int32))
+        largest = tf.round(whole[::-1] * [1 / ratio[0], ratio[1]])
+        largest = tf.clip_by_value(largest, 1.0, whole)
+        size = tf.where(found, sizes[first], largest)
+        room = whole - size
+        random, central = draws[ATTEMPTS] * (room + 1), room / 2
+        return tf.floor(tf.where(found, random, central)), size
 
     if file.dtype == tf.string:
         crop, offset, size, whole = decode_box(file, choose)
@@ -101,36 +149,15 @@ def random_resized_crop(
         top, left, height, width = box
         crop = file[top : top + height, left : left + width]
     if interpolation == "random":
-        draw = tf.random.stateless_uniform((), tf.random.fold_in(seed, SCALING))
         bilinear, bicubic = (
             functools.partial(scaled, crop, preprocess.image_size, name)
             for name in INTERPOLATIONS
         )
-        crop = tf.cond(draw < 0.5, bilinear, bicubic)
+        crop = tf.cond(draws[-1, 0] < 0.5, bilinear, bicubic)
     else:
         interpolation = interpolation or preprocess.interpolation
         crop = scaled(crop, preprocess.image_size, interpolation)
     return crop, crop_matrix(offset, size, whole)
-
-
-def _random_window(whole, seed, scale, ratio):
-    """Offset and size of a random crop, each float32 `(2,)`, height first."""
-    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, CROP), 3))
-    area = tf.random.stateless_uniform((ATTEMPTS,), seeds[0], *scale)
-    area *= tf.reduce_prod(whole)
-    logarithms = [math.log(limit) for limit in ratio]
-    aspect = tf.exp(tf.random.stateless_uniform((ATTEMPTS,), seeds[1], *logarithms))
-    sizes = tf.round(tf.sqrt(tf.stack([area / aspect, area * aspect], -1)))  # (10, 2)
-    fits = tf.reduce_all((sizes >= 1) & (sizes <= whole), axis=-1)
-    found = tf.reduce_any(fits)
-    first = tf.argmax(tf.cast(fits, tf.int32))
-    largest = tf.round(whole[::-1] * [1 / ratio[0], ratio[1]])
-    largest = tf.clip_by_value(largest, 1.0, whole)
-    size = tf.where(found, sizes[first], largest)
-    room = whole - size
-    place = tf.random.stateless_uniform((2,), seeds[2])
-    offset = tf.where(found, tf.floor(place * (room + 1)), tf.floor(room / 2))
-    return offset, size
 
 
 def flips(seed: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
@@ -312,12 +339,23 @@ def warp(images: tf.Tensor, matrices: tf.Tensor) -> tf.Tensor:
 
 
 def warp_one(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
-    """`warp` of one image `(H, W, C)`; one that is mirrored at most is quick."""
-    stays, mirrored = (tf.reduce_all(matrix == x) for x in (IDENTITY, MIRROR))
-    return tf.cond(
-        stays | mirrored,
-        lambda: tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image),
-        lambda: _warp(image[None], matrix[None], "BILINEAR", 0.0)[0],
+    """`warp` of one image `(H, W, C)`; quick unless it moves along both axes."""
+    mirrored = matrix[0, 0] < 0
+    image = tf.cond(mirrored, lambda: tf.reverse(image, [1]), lambda: image)
+    matrix = tf.where(mirrored, MIRROR @ matrix, matrix)
+    moved = matrix != IDENTITY
+    along_x, along_y = (
+        ~tf.reduce_any(moved & ~np.isin(np.arange(9), free).reshape(3, 3))
+        for free in ((1, 2), (3, 5))
+    )
+
+    return tf.case(
+        [
+            (along_x & along_y, lambda: image),
+            (along_x, lambda: slid(image, 0, matrix[0, 1], matrix[0, 2])),
+            (along_y, lambda: slid(image, 1, matrix[1, 0], matrix[1, 2])),
+        ],
+        default=lambda: _warp(image[None], matrix[None], "BILINEAR", 0.0)[0],
     )
 
 

@@ -14,7 +14,7 @@ from training import augment
 from training.data import Dataset
 from training.mending import CHUNK, load_each, mended, without_damaged
 from training.order import examples
-from training.plan import coloured, image_plan, matrices_of, mix_of, packed, placed
+from training.plan import coloured, mix_of, packed, placed, plan_of
 from training.preprocess import geometry, resize, resize_mask
 from training.recipe_parts import Augmentation
 from training.service import DataService
@@ -105,36 +105,44 @@ def training_batches(
     count = steps * batch_size
     size = preprocess.image_size
 
+    def planned(numbers, examples):
+        """Draw for the whole batch: one op for all images, not some for each."""
+        key = tf.stack([seed, numbers[0] // batch_size])
+        plan = plan_of(key, augmentation, size, batch_size)
+        plan = {name: tf.gather(x, own) for name, x in plan.items()}
+        return numbers, (*examples, plan)
+
     def load(i, example):
-        handle, label, *score_map = example
-        key = tf.stack([seed, i])
-        plan = image_plan(key, augmentation, size)
+        handle, label, *score_map, plan = example
+        plan = {**plan}
         if augmentation.random_resized_crop is None:
             image, label = data.decode(handle, label)
             crop = geometry(tf.shape(image)[:2], preprocess)
             image = resize(image, preprocess)
         else:
-            image, crop = augment.random_resized_crop(
-                data.read(handle), preprocess, key, **augmentation.random_resized_crop
+            options = {**augmentation.random_resized_crop}
+            options.pop("scale", None)
+            file = data.read(handle)
+            image, crop = augment.drawn_crop(
+                file, preprocess, plan.pop("crop"), **options
             )
         if data.masks:
             label = resize_mask(label, preprocess)
         if augmentation.on_accelerator:
             image = tf.cast(tf.round(image), tf.uint8)
         else:
-            image = coloured(image, plan)
-        return (image, label, key, crop, plan, *score_map)
+            image = placed(coloured(image, plan), plan)
+        return (image, label, i, crop, plan, *score_map)
 
     def finish(step, batch):
         images, labels, _, crops, plan, *score_map = batch
         key = tf.stack([seed, step])
-        matrices = matrices_of(plan, key, augmentation, size, batch_size, own)
+        matrices = plan.get("matrices")
         drawn = mix_of(key, augmentation, size)
         if augmentation.on_accelerator:
-            images = packed(images, plan, matrices, drawn)
-        else:
-            images = placed(images, plan, matrices)
-            images = images if drawn is None else mixed(images, drawn, size)
+            images = packed(images, plan, drawn)
+        elif drawn is not None:
+            images = mixed(images, drawn, size)
         if data.masks:
             if matrices is not None:
                 labels = augment.warp_masks(labels, matrices)
@@ -164,6 +172,8 @@ def training_batches(
         images = own_rows(images.skip(first_step * batch_size), batch_size, own)
         if worker is not None:
             images = service.share(images, len(own), worker)
+        images = images.batch(len(own), drop_remainder=True)
+        images = images.map(planned, tf.data.AUTOTUNE, deterministic=True).unbatch()
         if damaged is not None:
             return load_each(images, load, chunk)
         images = images.map(load, tf.data.AUTOTUNE, deterministic=True)
@@ -177,7 +187,7 @@ def training_batches(
 
     def share(worker):
         def numbered(*batch):
-            step = batch[2][0, 1] // batch_size  # of the key of an image
+            step = batch[2][0] // batch_size  # of the number of an image
             return step, made(step, batch)
 
         batches = loaded(first_epoch, epochs, first_step, worker)

@@ -215,12 +215,12 @@ def rand_augment(image: tf.Tensor, seed: tf.Tensor, **amounts: float) -> tf.Tens
         `(H, W, 3)`.
     """
     draws = rand_augment_draws(seed, 1, **amounts)
-    return done(image, "rand_augment", rand_augment_steps(*draws))
+    return done(image, "rand_augment", rand_augment_steps(*draws)[0])
 
 
 def rand_augment_steps(op: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
-    """What `rand_augment_draws` gave for one image, as `done` takes it: `(n, 2)`."""
-    return tf.concat([tf.cast(op, tf.float32), amount], 1)
+    """What `rand_augment_draws` gave, as `done` takes it of an image: `(B, n, 2)`."""
+    return tf.transpose(tf.stack([tf.cast(op, tf.float32), amount]), (2, 1, 0))
 
 
 def done(image: tf.Tensor, name: str, steps: tf.Tensor) -> tf.Tensor:
@@ -255,14 +255,14 @@ def three_augment(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     Returns:
         `(H, W, 3)`.
     """
-    return done(image, "three_augment", three_augment_draws(seed))
+    return done(image, "three_augment", three_augment_draws(seed, 1)[0])
 
 
-def three_augment_draws(seed: tf.Tensor) -> tf.Tensor:
-    """Which of the three an image gets, and the radius: `(1, 2)`."""
-    draws = tf.random.stateless_uniform((2,), tf.random.fold_in(seed, COLORS))
+def three_augment_draws(seed: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
+    """Which of the three each image gets, and the radius: `(B, 1, 2)`."""
+    draws = tf.random.stateless_uniform((2, batch, 1), tf.random.fold_in(seed, COLORS))
     radius = BLUR[0] + draws[1] * (BLUR[1] - BLUR[0])
-    return tf.stack([tf.floor(draws[0] * 3), radius])[None]
+    return tf.stack([tf.floor(draws[0] * 3), radius], -1)
 
 
 def color_jitter(image: tf.Tensor, seed: tf.Tensor, amount: float) -> tf.Tensor:
@@ -280,15 +280,16 @@ def color_jitter(image: tf.Tensor, seed: tf.Tensor, amount: float) -> tf.Tensor:
     Returns:
         `(H, W, 3)`.
     """
-    return done(image, "color_jitter", color_jitter_draws(seed, amount))
+    return done(image, "color_jitter", color_jitter_draws(seed, 1, amount)[0])
 
 
-def color_jitter_draws(seed: tf.Tensor, amount: float) -> tf.Tensor:
-    """Which of the three come in which order, and their factors: `(3, 2)`."""
+def color_jitter_draws(seed: tf.Tensor, batch: tf.Tensor, amount: float) -> tf.Tensor:
+    """Which of the three come in which order, and their factors: `(B, 3, 2)`."""
     seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, JITTER)))
-    factors = tf.random.stateless_uniform((3,), seeds[0], 1 - amount, 1 + amount)
-    order = tf.argsort(tf.random.stateless_uniform((3,), seeds[1]))
-    return tf.stack([tf.cast(order, tf.float32), tf.gather(factors, order)], 1)
+    factors = tf.random.stateless_uniform((batch, 3), seeds[0], 1 - amount, 1 + amount)
+    order = tf.argsort(tf.random.stateless_uniform((batch, 3), seeds[1]))
+    factors = tf.gather(factors, order, batch_dims=1)
+    return tf.stack([tf.cast(order, tf.float32), factors], -1)
 
 
 def _one_of(

@@ -51,41 +51,42 @@ def random_erasing(
         `(H, W, 3)`.
     """
     size = tf.shape(image)[:2]
-    return erased(image, *random_erasing_draws(seed, size, probability, area, ratio))
+    boxes, seeds = random_erasing_draws(seed, 1, size, probability, area, ratio)
+    return erased(image, boxes[0], seeds[0])
 
 
 def random_erasing_draws(
     seed: tf.Tensor,
+    batch: tf.Tensor,
     whole: tf.Tensor,
     probability: float,
     area: tuple[float, float] = AREA,
     ratio: tuple[float, float] = RATIO,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The box that is erased of an image of `whole` (H, W), and the seed of its noise.
+    """The boxes erased of B images of `whole` (H, W), and the seeds of their noise.
 
     Args are those of `random_erasing`.
 
     Returns:
-        `(top, left, height, width)`, int32, all 0 for none; int64 `(2,)`.
+        `(top, left, height, width)`, int32 `(B, 4)`, all 0 for none; int64 `(B, 2)`.
     """
-    seeds = tf.random.split(tf.random.fold_in(seed, ERASING), 5)
-
-    def drawn():
-        sides = tf.cast(whole, tf.float32)
-        part = tf.random.stateless_uniform((ATTEMPTS,), seeds[0], *area)
-        logarithms = [math.log(limit) for limit in ratio]
-        aspect = tf.exp(tf.random.stateless_uniform((ATTEMPTS,), seeds[1], *logarithms))
-        pixels = part * tf.reduce_prod(sides)
-        sizes = tf.round(tf.sqrt(tf.stack([pixels * aspect, pixels / aspect], -1)))
-        fits = tf.reduce_all((sizes >= 1) & (sizes < sides), axis=-1)
-        size = sizes[tf.argmax(tf.cast(fits, tf.int32))]  # the first that fits
-        place = tf.random.stateless_uniform((2,), seeds[3])
-        box = tf.concat([tf.floor(place * (sides - size + 1)), size], 0)
-        return tf.cast(box, tf.int32) * tf.cast(tf.reduce_any(fits), tf.int32)
-
-    happens = tf.random.stateless_uniform((), seeds[2]) < probability
-    box = tf.cond(happens, drawn, lambda: tf.zeros(4, tf.int32))
-    return box, tf.cast(seeds[4], tf.int64)
+    seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, ERASING), 5))
+    sides = tf.cast(whole, tf.float32)
+    part = tf.random.stateless_uniform((batch, ATTEMPTS), seeds[0], *area)
+    logarithms = [math.log(limit) for limit in ratio]
+    aspect = tf.random.stateless_uniform((batch, ATTEMPTS), seeds[1], *logarithms)
+    aspect = tf.exp(aspect)
+    pixels = part * tf.reduce_prod(sides)
+    sizes = tf.round(tf.sqrt(tf.stack([pixels * aspect, pixels / aspect], -1)))
+    fits = tf.reduce_all((sizes >= 1) & (sizes < sides), axis=-1)
+    first = tf.argmax(tf.cast(fits, tf.int32), axis=1)
+    size = tf.gather(sizes, first, batch_dims=1)
+    place = tf.random.stateless_uniform((batch, 2), seeds[3])
+    boxes = tf.concat([tf.floor(place * (sides - size + 1)), size], 1)
+    happens = tf.random.stateless_uniform((batch,), seeds[2]) < probability
+    happens &= tf.reduce_any(fits, axis=1)
+    noise = tf.random.stateless_uniform((batch, 2), seeds[4], None, None, tf.int64)
+    return tf.where(happens[:, None], tf.cast(boxes, tf.int32), 0), noise
 
 
 def erased(image: tf.Tensor, box: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
