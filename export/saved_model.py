@@ -127,8 +127,8 @@ def export_saved_model(
         bar.set_description("verify")
         report = verify(target, progress=False)
         if not report.ok:
-            hint = " Pass precision=None for the model's own." if is_lower else ""
-            raise ValueError(f"The artifact does not pass verify.{hint}\n{report}")
+            hint = "\nPass precision=None for the model's own." if is_lower else ""
+            raise ValueError(f"The artifact does not pass verify:\n{report}{hint}")
         answer = _answering_on_cpu(model)
         cost = compare(target, *samples, answer) if is_lower else None
         _record(target, report, cost)
