@@ -145,7 +145,11 @@ RECIPE = training.RECIPES["digits"].replace(
 )
 
 
-@pytest.mark.parametrize("change", [{}, {"accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, pytest.param({"accumulation_steps": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_run_is_the_one_of_the_pipeline_and_goes_on(tmp_path, change):
     digits = load_data("digits")
     recipe = RECIPE.replace(**change, optimizer="sgd", dropout=0.0)
