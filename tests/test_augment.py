@@ -6,7 +6,6 @@ import tensorflow as tf
 from PIL import Image
 
 from keras_vit.embedding import Preprocess
-from training import augment
 from training.augment import (
     affines,
     flips,
@@ -218,24 +217,6 @@ def test_a_warp_fetches_each_pixel_from_where_its_matrix_says(name):
     np.testing.assert_allclose(warped[inside][:, :2] / 255, expected[inside], atol=1e-4)
     away = np.maximum(-expected, expected - 1).max(-1) > 1 / 24
     assert away.mean() > 0.03 and np.abs(warped[away]).max() == 0
-
-
-@pytest.mark.parametrize("mirrored", [False, True])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize(
-    ("slope", "shift"), [(0.3, 0), (0, -0.2), (-0.25, 0.4), (0, 2)]
-)
-def test_what_slides_along_one_axis_is_warped_as_by_the_general_way(
-    axis, slope, shift, mirrored
-):
-    matrix = np.eye(3, dtype="float32")
-    matrix[axis, 1 - axis], matrix[axis, 2] = slope, shift
-    if mirrored:
-        matrix = np.asarray([[-1, 0, 1], [0, 1, 0], [0, 0, 1]], "float32") @ matrix
-    images = tf.random.stateless_uniform((1, 19, 33, 3), (1, 2), 0, 255)
-    matrices = tf.constant(matrix[None])
-    expected = augment._warp(images, matrices, "BILINEAR", 0.0)
-    np.testing.assert_allclose(warp(images, matrices), expected, atol=0.02)
 
 
 def test_steps_compose_by_multiplication_the_first_leftmost():
