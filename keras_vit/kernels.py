@@ -134,6 +134,7 @@ def attention(query, key, value, scale, dropout=None, bias=None):
     `keras.config.is_flash_attention_enabled`. TensorFlow has none, and plain products
     are faster there than `keras.ops.dot_product_attention`. JAX's own for a CPU is no
     faster and cannot be compiled in float16. Dropout of the weights needs them plain.
+    While `serving`, a softmax of bfloat16 is left to a kernel that sums in float32.
 
     Args:
         query: `(B, H, N, d)`.

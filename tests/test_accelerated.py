@@ -150,7 +150,7 @@ RECIPE = training.RECIPES["digits"].replace(
     [{}, pytest.param({"accumulation_steps": 2}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_a_run_is_the_one_of_the_pipeline_and_goes_on(tmp_path, change):
+def test_a_run_is_the_one_of_the_pipeline_and_is_done_once(tmp_path, change):
     digits = load_data("digits")
     recipe = RECIPE.replace(**change, optimizer="sgd", dropout=0.0)
 
