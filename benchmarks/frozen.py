@@ -3,8 +3,8 @@
     python benchmarks/frozen.py
 
 ViT-S/16 is exported each way in bfloat16, loaded in the TensorFlow C++ session, and
-each signature is asked once, two rows; the resident memory of the session's process is told
-after loading, after the first signature and after all. Linux alone.
+each signature is asked once, two rows; the resident memory of the session's process is
+told after loading, after the first signature and after all. Linux alone.
 """
 
 import tempfile
