@@ -38,6 +38,15 @@ def write_table(rows: Sequence[Mapping], path: Path) -> None:
         writer.writerows(rows)
 
 
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most, on Linux.
+
+    `ru_maxrss` would not do: a process starts with that of the one that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
 def machine() -> list[str]:
     """Lines of text: processor and its bfloat16 instructions, GPUs, versions."""
     lscpu, gpus = map(subprocess.getoutput, ("lscpu", "nvidia-smi -L"))

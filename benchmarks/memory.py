@@ -6,9 +6,9 @@
 Each row is a process of its own, which takes a gradient of the loss of one batch.
 `kept` is what the forward pass leaves for the backward one, weights aside: on PyTorch
 the tensors that autograd saves, on JAX the residuals of `jax.vjp`; TensorFlow tells
-nothing of the kind. `peak` is by how much the memory of the process has grown at most
-(`ru_maxrss`), the compiler's own included. On a CPU JAX's `peak` is no smaller: XLA
-drops the barriers there that hold the second computation back.
+nothing of the kind. `peak` is by how much the memory of the process has grown at most,
+the compiler's own included. On a CPU JAX's `peak` is no smaller: XLA drops the barriers
+there that hold the second computation back.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine, print_table, write_table
+from machine import machine, peak_memory, print_table, write_table
 
 BACKENDS = ("tensorflow", "jax", "torch")
 MIB = 2**20
@@ -101,8 +101,6 @@ def _torch(model, images):
 
 def measure(options: argparse.Namespace) -> dict[str, float | None]:
     """In this process: what is kept, by how much it grows, and a step's seconds."""
-    import resource
-
     import keras
     import numpy as np
 
@@ -120,12 +118,12 @@ def measure(options: argparse.Namespace) -> dict[str, float | None]:
     shape = (options.batch_size, options.image_size, options.image_size, 3)
     images = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
     images = keras.ops.convert_to_tensor(images)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     kept = kept_bytes(model, images)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = peak_memory() - before
     seconds = time.perf_counter() - start
-    return {"kept": kept, "peak": grown * 1024, "seconds": seconds}
+    return {"kept": kept, "peak": grown, "seconds": seconds}
 
 
 def ask(backend: str, remat: bool, options: argparse.Namespace) -> dict:

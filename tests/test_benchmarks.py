@@ -38,6 +38,16 @@ def test_the_peak_is_that_of_the_device():
     assert gpu.peak_of("cpu", 2.5) == 2.5e12
 
 
+@pytest.mark.first
+def test_the_peak_of_a_process_is_its_own():
+    code = "from machine import peak_memory; print(peak_memory())"
+    ballast = bytearray(b"1" * 2**29)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, check=True
+    )
+    assert 2**20 < int(run.stdout) < len(ballast) // 2
+
+
 def turn(contestant, number, seconds, **others):
     job = gpu.QUICK[0]
     more = {"steps": 2, "peak_bytes": 2**30, "device": "NVIDIA H200", "error": ""}
