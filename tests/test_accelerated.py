@@ -7,6 +7,7 @@ import tensorflow as tf
 from conftest import to_numpy
 
 import training
+from keras_vit import ViT
 from keras_vit.embedding import Preprocess
 from training import Augmentation, load_data, training_batches
 from training.accelerated import STEPS, Augmented, augmented
@@ -15,6 +16,7 @@ from training.colors import done
 from training.data import subset
 from training.philox import normal
 from training.plan import packed
+from training.progress import Progress
 
 SIZE = (20, 28)
 B = 9
@@ -168,6 +170,57 @@ def test_a_run_is_the_one_of_the_pipeline_and_is_done_once(tmp_path, change):
     again = fit("device", recipe)  # nothing is left to do
     for a, b in zip(one.weights, again.weights, strict=True):
         np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["digits", "digits_token_labeling", "digits_distilled"]
+)
+def test_a_run_of_every_trainer_is_that_of_the_pipeline_and_resumes(tmp_path, name):
+    """Stopped within an epoch and called again, it ends in the same numbers."""
+    recipe = training.RECIPES[name].replace(
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        epochs=2,
+        warmup_epochs=0,
+        batch_size=16,
+        train_images=64,
+        mixup=0.2,
+        random_erasing=0.5,
+        optimizer="sgd",
+    )
+    if recipe.teaching is not None:
+        teacher = ViT("tiny", depth=1, embed_dim=24, image_size=32, num_classes=10)
+        teacher.save(tmp_path / "teacher.keras")
+        recipe = recipe.replace(teacher=str(tmp_path / "teacher.keras"))
+    data = load_data(recipe.data)
+
+    def fit(folder, on_accelerator=True):
+        chosen = recipe.replace(on_accelerator=on_accelerator)
+        network = training.fit(
+            lambda: chosen.build_model(10), data, chosen, tmp_path / folder
+        )
+        return [to_numpy(v) for v in network.weights]
+
+    steps = iter(range(1, 1000))
+    update = Progress.on_train_batch_end
+
+    def interrupt(self, batch, logs=None):
+        update(self, batch, logs)
+        if next(steps) == 6:  # of 4 an epoch
+            raise KeyboardInterrupt
+
+    whole = fit("whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Progress, "on_train_batch_end", interrupt)
+        fit("stopped")
+    for a, b in zip(fit("stopped"), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+    before = [to_numpy(v) for v in recipe.build_model(10).weights]
+    change = max(np.abs(a - b).max() for a, b in zip(whole, before, strict=True))
+    for a, b in zip(whole, fit("pipeline", False), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-2 * change)
 
 
 def test_several_devices_do_not_augment():
