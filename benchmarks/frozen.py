@@ -10,7 +10,7 @@ told after loading, after the first signature and after all. Linux alone.
 import tempfile
 from pathlib import Path
 
-from machine import machine, print_table
+from machine import show
 
 import keras_vit
 from export import Runtime, export_saved_model
@@ -45,8 +45,7 @@ def row(model, folder: str, freeze: bool) -> dict[str, str]:
 def main() -> None:
     model = keras_vit.ViT("small", image_size=224, num_classes=1000)
     with tempfile.TemporaryDirectory() as folder:
-        print_table([row(model, folder, freeze) for freeze in (False, True)])
-    print(*machine(), sep="\n")
+        show([row(model, folder, freeze) for freeze in (False, True)])
 
 
 if __name__ == "__main__":

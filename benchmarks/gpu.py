@@ -41,7 +41,7 @@ from contestants import (
     Job,
     Worker,
 )
-from machine import machine, print_table
+from machine import show
 
 PEAKS = {  # part of a device's name: dense bfloat16 FLOP/s; the first that fits
     "H100 PCIe": 756e12,
@@ -264,9 +264,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main() -> None:
     options = options_of(None)
-    print_table(rows(options))
+    show(rows(options))
     print(f"Median of {options.rounds} rounds of {options.steps} batches, bfloat16.")
-    print(*machine(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from contestants import import_timm
+from machine import show
 from sklearn.datasets import load_sample_images
 from tqdm.auto import tqdm
 
@@ -154,36 +156,26 @@ def _timm(rand_augment, batch_size):
     return batches
 
 
-def table(rounds: int = 5, batches: int = 8, batch_size: int = 32) -> list[dict]:
-    """Speeds in images/s per core, a row for each contestant.
-
-    Args:
-        rounds: How often all take their turns.
-        batches: How many of each are timed in a round.
-        batch_size: Images a batch.
-
-    Returns:
-        Of each row `pipeline`, `images_per_second`, the median, and `ratio_to_timm`,
-        None without timm.
-    """
-    contestants = pipelines(batch_size)
+def rows(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Speeds in images/s per core, a row for each contestant."""
+    contestants = pipelines(options.batch_size)
     speeds = {name: [] for name in contestants}
-    for _ in tqdm(range(rounds), "rounds"):
+    for _ in tqdm(range(options.rounds), "rounds"):
         for name, begin in contestants.items():
             iterator = begin()
             for _ in range(UNTIMED):
                 next(iterator)
             start = time.process_time()
-            for _ in range(batches):
+            for _ in range(options.batches):
                 next(iterator)
             seconds = time.process_time() - start
-            speeds[name].append(batch_size * batches / seconds)
+            speeds[name].append(options.batch_size * options.batches / seconds)
             del iterator  # so that it reads nothing while the others are timed
     return [
         {
             "pipeline": name,
-            "images_per_second": statistics.median(found),
-            "ratio_to_timm": _ratio(found, speeds.get(TIMM)),
+            "images/s": f"{statistics.median(found):.0f}",
+            "/ timm": _ratio(found, speeds.get(TIMM)),
         }
         for name, found in speeds.items()
     ]
@@ -191,22 +183,24 @@ def table(rounds: int = 5, batches: int = 8, batch_size: int = 32) -> list[dict]
 
 def _ratio(speeds, others):
     if others is None:
-        return None
-    return statistics.median(a / b for a, b in zip(speeds, others, strict=True))
+        return "-"
+    ratios = [a / b for a, b in zip(speeds, others, strict=True)]
+    return f"{statistics.median(ratios):.2f}"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--rounds", type=int, default=5)
+    add("--batches", type=int, default=8, help="in each round")
+    add("--batch-size", type=int, default=32)
+    add("--output", type=Path, metavar="FILE", help="a .csv or .json file")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=8, help="in each round")
-    parser.add_argument("--batch-size", type=int, default=32)
-    settings = parser.parse_args()
-    found = table(settings.rounds, settings.batches, settings.batch_size)
-    print(f"\n{'':48}{'images/s':>10}{'ratio':>8}")
-    for row in found:
-        ratio = row["ratio_to_timm"]
-        ratio = "" if ratio is None else f"{ratio:.2f}"
-        print(f"{row['pipeline']:48}{row['images_per_second']:>10.0f}{ratio:>8}")
+    options = parser().parse_args()
+    show(rows(options), options.output)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import tensorflow as tf
-from machine import machine, print_table
+from machine import show
 
 TOKENS, WIDTH, HIDDEN, LAYERS = 197, 384, 1536, 8
 LIMIT = 4.0  # tokens are quantised from -4 to 4
@@ -111,8 +111,7 @@ def table(rounds: int, steps: int = 3) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=6)
-    print_table(table(parser.parse_args().rounds))
-    print(*machine(), sep="\n")
+    show(table(parser.parse_args().rounds))
 
 
 if __name__ == "__main__":

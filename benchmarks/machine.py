@@ -1,5 +1,6 @@
 """What every benchmark prints and writes: tables, the machine, the versions."""
 
+import argparse
 import csv
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 DISTRIBUTIONS = "keras-vit keras keras-hub tensorflow jax torch timm openvino numpy"
 
@@ -23,6 +25,21 @@ def print_table(rows: Sequence[Mapping]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def show(rows: Sequence[Mapping], output: Path | None = None) -> None:
+    """Print rows and where they were measured, and write them where asked."""
+    print_table(rows)
+    print(*machine(), sep="\n")
+    if output:
+        write_table(rows, output)
+
+
+def options_of(command: argparse.ArgumentParser, **given: Any) -> argparse.Namespace:
+    """What a command is given, with other values than its own."""
+    options = command.parse_args([])
+    vars(options).update(given)
+    return options
 
 
 def write_table(rows: Sequence[Mapping], path: Path) -> None:

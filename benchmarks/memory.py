@@ -21,17 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine, peak_memory, print_table, write_table
+from machine import peak_memory, show
 
 BACKENDS = ("tensorflow", "jax", "torch")
 MIB = 2**20
-
-
-def options_of(**given: Any) -> argparse.Namespace:
-    """What `rows` takes, with other values than the command's own."""
-    options = parser().parse_args([])
-    vars(options).update(given)
-    return options
 
 
 def kept_bytes(model: Any, images: Any) -> int | None:
@@ -180,11 +173,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(options)))
         return
-    found = rows(options)
-    print_table(found)
-    print(*machine(), sep="\n")
-    if options.output:
-        write_table(found, options.output)
+    show(rows(options), options.output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from machine import machine, print_table, write_table
+from machine import show
 
 WORDS = {"type": lambda text: text.split(","), "metavar": "LIST"}
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -166,13 +166,6 @@ def _shown(row, backend):
     return shown | {"error": row.get("error", "")}
 
 
-def options_of(**given: Any) -> argparse.Namespace:
-    """What `rows` takes, with other values than the command's own."""
-    options = parser().parse_args([])
-    vars(options).update(given)
-    return options
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -189,11 +182,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    found = rows(options)
-    print_table(found)
-    print(*machine(), sep="\n")
-    if options.output:
-        write_table(found, options.output)
+    show(rows(options), options.output)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@
     python benchmarks/table.py --quick
     python benchmarks/table.py --parts throughput,startup --rounds 3
 
-The parts are modules beside this file: `throughput`, `memory` and `startup`, each with
-`rows(options)`, a list of dicts, and `options_of(**given)` for its options; and
-`input`, the input pipeline, with `table(**given)`. A part that fails or is not there is
-told and costs the others nothing. What needs a GPU is `gpu.py`, with its own command.
+The parts are modules beside this file, each with `rows(options)`, a list of dicts, and
+`parser()` for its options. A part that fails or is not there is told and costs the
+others nothing. What needs a GPU is `gpu.py`, with its own command.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import KERAS_BACKENDS
-from machine import machine, print_table, write_table
+from machine import machine, options_of, print_table, write_table
 
 PARTS = ("throughput", "memory", "startup", "input")
 WHOLE: dict[str, dict[str, Any]] = {"throughput": {"batch_sizes": [16, 1]}}
@@ -47,10 +46,7 @@ def rows(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         module = importlib.import_module(part)
         given = options_for(part, options)
-        if hasattr(module, "options_of"):
-            found = module.rows(module.options_of(**given))
-        else:
-            found = module.table(**given)
+        found = module.rows(options_of(module.parser(), **given))
         return [{"part": part, **row} for row in found]
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]

@@ -37,7 +37,7 @@ from contestants import (
     Job,
     Worker,
 )
-from machine import machine, print_table, write_table
+from machine import show
 
 BASELINE = Contestant("KerasHub", "tensorflow", ("keras_hub", "tensorflow"))
 CONVERTED = Contestant(OPENVINO, "openvino", ("openvino", "tensorflow"), trains=False)
@@ -126,13 +126,6 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**row, "device": note} for row, note in zip(found, notes, strict=False)]
 
 
-def options_of(**given: Any) -> argparse.Namespace:
-    """What `rows` takes, with other values than the command's own."""
-    options = parser().parse_args([])
-    vars(options).update(given)
-    return options
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -167,15 +160,12 @@ def main() -> None:
     options.tasks = TASKS if options.train else TASKS[:1]
     load = subprocess.getoutput("uptime").rpartition("load average")[-1]
     found = rows(options)
-    print_table(found)
+    show(found, options.output)
     print(
         f"Median of {options.rounds} rounds of {options.steps} batches; ratios round "
         "by round."
     )
     print(f"Load average before the run{load}")
-    print(*machine(), sep="\n")
-    if options.output:
-        write_table(found, options.output)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import startup
 import table
 import throughput
 from contestants import Contestant, Job
+from machine import options_of
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -90,7 +91,7 @@ def test_a_line_that_a_kill_has_cut_is_asked_again(tmp_path):
 
 @pytest.mark.first
 def test_throughput_has_ratios_to_both_references_round_by_round():
-    options = throughput.options_of(batch_sizes=[1], precisions=["float32"])
+    options = options_of(throughput.parser(), batch_sizes=[1], precisions=["float32"])
     ours = Contestant("keras_vit", "tensorflow", ())
     cell = (1, "float32", "inference")
     speeds = {
@@ -160,8 +161,13 @@ def test_startup_tells_what_the_package_adds_to_the_import_of_keras():
     import keras
 
     backend = keras.backend.backend()
-    options = startup.options_of(
-        rounds=1, backends=[backend], build="tiny", exports=[backend], export="tiny"
+    options = options_of(
+        startup.parser(),
+        rounds=1,
+        backends=[backend],
+        build="tiny",
+        exports=[backend],
+        export="tiny",
     )
     found = startup.rows(options)
     assert [row["error"] for row in found] == [""] * len(found)

@@ -7,6 +7,7 @@ import memory
 import numpy as np
 import pytest
 from conftest import ask, to_numpy
+from machine import options_of
 from test_loop import RECIPE, two_classes
 
 import training
@@ -123,8 +124,12 @@ def test_the_memory_of_all_blocks_but_one_is_saved():
 @pytest.mark.slow
 def test_a_process_that_trains_takes_less_memory():
     backend = keras.backend.backend()
-    options = memory.options_of(
-        backends=[backend], variant="tiny", image_size=224, batch_size=16
+    options = options_of(
+        memory.parser(),
+        backends=[backend],
+        variant="tiny",
+        image_size=224,
+        batch_size=16,
     )
     plain, again = memory.rows(options)
     assert (plain["remat"], again["remat"]) == ("no", "yes")
