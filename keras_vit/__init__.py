@@ -18,9 +18,17 @@ from keras_vit.head import (
     TokenPool,
     class_labels,
 )
+from keras_vit.inspection import (
+    attention_distance,
+    attention_maps,
+    attention_rollout,
+    class_attention,
+    features,
+)
 from keras_vit.lvvit import LVViT
 from keras_vit.mixtoken import MixToken
 from keras_vit.pcpvt import PCPVT
+from keras_vit.places import position_similarity
 from keras_vit.position import PEG, LearnedPosition, SinCosPosition
 from keras_vit.relative import RelativePositionBias, RotaryPosition
 from keras_vit.rematerialization import remat_blocks
@@ -60,10 +68,16 @@ __all__ = [
     "TokenPool",
     "TransformerBlock",
     "ViT",
+    "attention_distance",
+    "attention_maps",
+    "attention_rollout",
+    "class_attention",
     "class_labels",
     "feature_pyramid",
+    "features",
     "from_checkpoint",
     "inspect_checkpoint",
+    "position_similarity",
     "remat_blocks",
     "to_checkpoint",
 ]

@@ -125,6 +125,23 @@ def fused_layer_norm(x, gamma, beta, epsilon):
     return y * tf.cast(gamma, y.dtype) + tf.cast(beta, y.dtype)
 
 
+@contextlib.contextmanager
+def watched_attention():
+    """The weights of every attention that is computed within, in a list.
+
+    Each `(B, H, N, M)`, float32, in the order of the calls; no fused kernel is used.
+    """
+    found = []
+    token = _WATCHED.set(found)
+    try:
+        yield found
+    finally:
+        _WATCHED.reset(token)
+
+
+_WATCHED = contextvars.ContextVar("watched", default=None)
+
+
 def attention(query, key, value, scale, dropout=None, bias=None):
     """Scaled dot-product attention; the softmax is float32 under every policy.
 
@@ -147,7 +164,8 @@ def attention(query, key, value, scale, dropout=None, bias=None):
     Returns:
         `(B, H, N, d)`.
     """
-    if dropout is None and _has_fused_attention():
+    watched = _WATCHED.get()
+    if dropout is None and watched is None and _has_fused_attention():
         flash = keras.config.is_flash_attention_enabled() and None  # False or automatic
         query, key, value = (
             ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value)
@@ -166,6 +184,8 @@ def attention(query, key, value, scale, dropout=None, bias=None):
         weights = ops.exp(ops.log_softmax(logits))
     else:
         weights = ops.softmax(logits)  # (B, H, N, M)
+    if watched is not None:
+        watched.append(weights)
     if dropout is not None:
         weights = dropout(weights)
     return ops.matmul(ops.cast(weights, value.dtype), value)

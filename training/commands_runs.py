@@ -75,6 +75,31 @@ def evaluate(
         say(f"Picture: {picture}")
 
 
+@app.command()
+def look(
+    model: options.RunOrFile,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("look"),
+    image_size: options.AnySize = None,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            help="Whose attention; 0 is the first block.", show_default="the last"
+        ),
+    ] = None,
+) -> None:
+    """Pictures of what a model sees: features, attention, rollout, positions."""
+    from keras_vit.model_file import read_model
+    from training.files import model_file
+    from training.look import read_images, write_pictures
+
+    size = None if image_size is None else parse_size(image_size)
+    network = read_model(model_file(model)[0])
+    pixels = read_images(network, images, size)
+    for path in write_pictures(network, pixels, out, block):
+        say(f"Picture: {path}")
+
+
 def _print_classes(report):
     """The classes that the model knows worst."""
     by = "iou" if report.pixels else "recall"

@@ -174,11 +174,25 @@ def preprocess_for(
     Raises:
         ValueError: If the model does not take images of `image_size`.
     """
+    if image_size is None and data.image_size is not None:
+        own = model.input_shape[1:3]
+        image_size = [a or b for a, b in zip(own, data.image_size, strict=True)]
+    return preprocess_for_size(model, image_size)
+
+
+def preprocess_for_size(
+    model: keras.Model, image_size: tuple[int, int] | None = None
+) -> Preprocess:
+    """How files become images of `(H, W)` for `model`; None for what it records.
+
+    Raises:
+        ValueError: If the model does not take images of `image_size`.
+    """
     preprocess = Preprocess.of_model(model)
     own = model.input_shape[1:3]
     if image_size is None:
-        wanted = data.image_size or preprocess.image_size
-        image_size = [a or b for a, b in zip(own, wanted, strict=True)]
+        pairs = zip(own, preprocess.image_size, strict=True)
+        image_size = [a or b for a, b in pairs]
     sides = zip(own, image_size, strict=True)
     if any(side not in (None, asked) for side, asked in sides):
         raise ValueError(

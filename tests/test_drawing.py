@@ -1,0 +1,170 @@
+"""Pictures of what a model sees: what they show is what is computed."""
+
+import numpy as np
+import pytest
+from conftest import to_numpy
+from PIL import Image
+from test_command import run
+from test_inspection import MODELS, pictures, spread, vit
+
+import keras_vit
+from keras_vit import drawing
+
+pytestmark = pytest.mark.first  # what they show is tested on every backend
+
+
+def shown(figure):
+    """Every image of a figure, a list for each axes that has one."""
+    return [
+        np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images
+    ]
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_attention_has_a_row_for_each_image_and_a_column_for_each_head():
+    model = spread(MODELS["registers"]())
+    images = pictures(model, batch=2)
+    figure = drawing.draw_attention(model, images, 1)
+    assert titles(figure) == ["image", "head 1", "head 2", "head 3"]
+    panels = shown(figure)
+    expected = keras_vit.class_attention(model, images, 1)
+    np.testing.assert_array_equal(panels[0], images[0].astype("uint8"))
+    np.testing.assert_array_equal(panels[5], expected[1, 0])
+    extents = {tuple(axes.images[0].get_extent()) for axes in figure.axes}
+    assert extents == {(-0.5, 47.5, 31.5, -0.5)}  # heat lies where the image does
+
+
+def test_rollout_lies_over_the_image():
+    model = spread(MODELS["cpvt"]())
+    images = pictures(model, batch=1)
+    figure = drawing.draw_rollout(model, images)
+    _, heat, _ = shown(figure)
+    np.testing.assert_array_equal(heat, keras_vit.attention_rollout(model, images)[0])
+    grey, over = figure.axes[2].images
+    assert grey.get_array().shape == over.get_array().shape == (32, 48)
+    assert np.ptp(over.get_alpha()) > 0.5
+
+
+def test_distance_has_a_point_for_each_head():
+    model = spread(MODELS["rotary"]())
+    images = pictures(model)
+    figure = drawing.draw_distance(model, images)
+    points = figure.axes[0].collections[0].get_offsets()
+    expected = keras_vit.attention_distance(model, images)
+    np.testing.assert_allclose(points[:, 1], expected.ravel())
+    assert points[:, 0].tolist() == [1] * 3 + [2] * 3 + [3] * 3
+
+
+@pytest.mark.parametrize("position", ["learned", "sincos_2d", "rotary", "relative"])
+def test_positions_have_a_tile_for_each_patch(position):
+    model = spread(vit(position=position))
+    figure = drawing.draw_positions(model)
+    (canvas,) = shown(figure)[:1]
+    expected = keras_vit.position_similarity(model)
+    assert canvas.shape == (4 * 5 - 1, 6 * 7 - 1)
+    np.testing.assert_array_equal(canvas[5:9, 14:20], expected[1, 2])
+    words = figure.axes[-1].get_ylabel()
+    assert ("bias" if position == "relative" else "cosine") in words
+
+
+def test_a_large_grid_shows_as_many_tiles_as_a_reader_can_tell_apart():
+    model = vit(image_size=(8 * 20, 8 * 30))
+    (canvas,) = shown(drawing.draw_positions(model))[:1]
+    assert canvas.shape == (14 * 21 - 1, 14 * 31 - 1)
+    peg = MODELS["cpvt"]()
+    figure = drawing.draw_positions(peg, pictures(peg))
+    assert figure.axes[-1].get_ylabel() == "attention of block 1"
+
+
+def test_pegs_show_the_largest_kernels():
+    model = spread(MODELS["pcpvt"]())
+    kernel = model.get_layer("stage0_peg").kernel
+    changed = to_numpy(kernel)
+    changed[0, 2, 5, 0] = 9.0
+    kernel.assign(changed)
+    figure = drawing.draw_pegs(model, channels=4)
+    assert titles(figure)[0] == "5"
+    np.testing.assert_array_equal(shown(figure)[0], changed[:, :, 5, 0])
+    with pytest.raises(ValueError, match="must have a PEG to draw its kernels"):
+        drawing.draw_pegs(MODELS["registers"]())
+
+
+def test_alike_tokens_have_alike_colours():
+    model = spread(MODELS["registers"]())
+    images = np.zeros((1, 32, 48, 3), "float32")
+    images[:, :, 24:] = 255
+    panels = shown(drawing.draw_features(model, images, [0]))
+    colours = panels[1]  # (4, 6, 3)
+    inside = np.abs(colours[:, :3] - colours[:1, :1]).mean()
+    assert colours.shape == (4, 6, 3) and 0 <= colours.min() and colours.max() <= 1
+    assert np.abs(colours[:, 3:] - colours[:1, :1]).mean() > 2 * inside
+    figure = drawing.draw_features(MODELS["pcpvt"](), pictures(MODELS["pcpvt"]()))
+    assert titles(figure) == ["image", "stage0", "stage1", "stage2", "stage3"]
+
+
+def test_token_answers_have_the_colours_of_their_classes():
+    model = MODELS["lvvit"]()
+    model.get_layer("token_head").bias.assign([0, 0, 50, 0, 0])
+    figure = drawing.draw_token_answers(model, pictures(model))
+    patches = shown(figure)[1]
+    assert patches.shape == (4, 6, 3) and np.ptp(patches.reshape(-1, 3), 0).max() < 1e-3
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["2"]
+    with pytest.raises(ValueError, match="must have a token head, as LVViT"):
+        drawing.draw_token_answers(MODELS["registers"](), pictures(model))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("look")
+    paths = [folder / "a.png", folder / "b.jpg"]
+    for i, path in enumerate(paths):
+        image = np.random.default_rng(i).integers(0, 256, (40, 50, 3), "uint8")
+        Image.fromarray(image).save(path)
+    return paths
+
+
+ALL = {"features", "attention", "rollout", "distance", "positions"}
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("registers", ALL),
+        ("cpvt", {*ALL, "pegs"}),
+        ("pcpvt", {"features", "pegs"}),
+        ("lvvit", {*ALL, "tokens"}),
+    ],
+)
+def test_look_writes_the_pictures_that_a_model_has(
+    name, expected, photos, tmp_path, capsys, monkeypatch
+):
+    MODELS[name]().save(tmp_path / "model.keras")
+    words = ["look", tmp_path / "model.keras", *photos, "--out", tmp_path / "new/look"]
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0
+    files = {path.stem: path for path in (tmp_path / "new/look").iterdir()}
+    assert set(files) == expected
+    for path in files.values():
+        assert f"Picture: {path}" in out.replace("\n", "")
+        with Image.open(path) as image:
+            assert image.format == "PNG" and min(image.size) > 100
+
+
+def test_look_says_in_a_sentence_what_is_wrong(photos, tmp_path, capsys, monkeypatch):
+    model = tmp_path / "model.keras"
+    MODELS["registers"]().save(model)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photos[1].read_bytes()[:200])
+    out = ["--out", tmp_path / "look"]
+    for words, sentence in (
+        ([broken], "must be a whole JPEG, PNG, GIF or BMP file; it could not be"),
+        ([tmp_path / "none.jpg"], "There is no image file"),
+        ([photos[0], "--block", "7"], "must be in 0..2, the blocks of"),
+        ([photos[0], "--image-size", "64"], "takes images of 32 x 48 pixels only"),
+    ):
+        code, _, err = run(capsys, monkeypatch, "look", model, *words, *out)
+        assert code == 1 and sentence in err and "Traceback" not in err
