@@ -295,6 +295,7 @@ def test_features_of_any_size_are_saved_and_share_their_weights(tmp_path):
     assert np.abs(ask(cut, images)["block0"] - expected["block0"]).max() > 0.1
 
 
+@pytest.mark.heavy
 def test_what_is_built_on_a_model_is_looked_into_too():
     model = SemanticFPN(MODELS["cpvt"](), 3, channels=8)
     images = pictures(model)

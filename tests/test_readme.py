@@ -15,7 +15,7 @@ README = TESTS.parent / "README.md"
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     names = {"images": np.zeros((1, 224, 224, 3), "float32"), "keras": keras}
     for block in blocks:
         exec(block, names)
