@@ -30,6 +30,8 @@ TILES = 14  # a side, the most that a reader can tell apart
 def draw_attention(model, images, block=None):
     """Each image with what the answer attends to, head by head.
 
+    Every panel has its own scale, from the least to the most that it shows.
+
     Args:
         model: `ViT`, `CPVT` or `LVViT`.
         images: `(B, H, W, 3)`.
@@ -39,7 +41,7 @@ def draw_attention(model, images, block=None):
         ValueError: Those of `class_attention`.
     """
     maps = class_attention(model, images, block)  # (B, A, h, w)
-    columns = ["image", *(f"head {i + 1}" for i in range(maps.shape[1]))]
+    columns = ["image", *(f"head {i}" for i in range(maps.shape[1]))]
     figure, grid = _panels(images, columns)
     for line, image, heads in zip(grid, _pixels(images), maps, strict=True):
         line[0].imshow(image)
@@ -85,18 +87,17 @@ def draw_distance(model, images):
 
     distances = attention_distance(model, images)  # (L, A)
     figure, axes = _axes((5.2, 3.4))
-    blocks = np.repeat(np.arange(1, len(distances) + 1), distances.shape[1])
-    axes.scatter(blocks, distances.ravel(), s=26, color=INK, alpha=0.75, linewidths=0)
+    blocks = np.arange(len(distances))
     axes.plot(
-        np.arange(1, len(distances) + 1),
-        distances.mean(1),
-        color="#d55e00",
-        linewidth=1.4,
-        label="mean over heads",
+        blocks, distances.mean(1), "#d55e00", linewidth=1.4, label="mean over heads"
+    )
+    each = np.repeat(blocks, distances.shape[1])
+    axes.scatter(
+        each, distances.ravel(), 26, INK, alpha=0.75, linewidths=0, label="a head"
     )
     axes.set(xlabel="block", ylabel="mean attention distance, pixels", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", ncols=2)
     return figure
 
 
@@ -125,9 +126,9 @@ def draw_positions(model, images=None, *, grid=None, block=1):
             top, left = i * (height + 1), j * (width + 1)
             canvas[top : top + height, left : left + width] = found[y, x]
     shape = canvas.shape[0] - 1, canvas.shape[1] - 1
-    figure, axes = _axes((5.6, 5.6 * shape[0] / shape[1] + 0.3), grid=False)
+    figure, axes = _axes((6.8, 5.0 * shape[0] / shape[1] + 0.7), grid=False)
     scale, label = _scale(kind, found, block)
-    shown = axes.imshow(canvas[: shape[0], : shape[1]], **scale)
+    shown = axes.imshow(canvas[: shape[0], : shape[1]], aspect="auto", **scale)
     for axis, chosen, side in (("x", columns, width), ("y", rows, height)):
         every = max(1, len(chosen) // 8)
         ticks = [i * (side + 1) + (side - 1) / 2 for i in range(0, len(chosen), every)]
@@ -135,7 +136,7 @@ def draw_positions(model, images=None, *, grid=None, block=1):
     axes.set(xlabel="patch, column", ylabel="patch, row")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.colorbar(shown, ax=axes, label=label, shrink=0.8, aspect=30)
+    figure.colorbar(shown, ax=axes, label=label, fraction=0.05, aspect=30)
     return figure
 
 

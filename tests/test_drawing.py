@@ -28,7 +28,7 @@ def test_attention_has_a_row_for_each_image_and_a_column_for_each_head():
     model = spread(MODELS["registers"]())
     images = pictures(model, batch=2)
     figure = drawing.draw_attention(model, images, 1)
-    assert titles(figure) == ["image", "head 1", "head 2", "head 3"]
+    assert titles(figure) == ["image", "head 0", "head 1", "head 2"]
     panels = shown(figure)
     expected = keras_vit.class_attention(model, images, 1)
     np.testing.assert_array_equal(panels[0], images[0].astype("uint8"))
@@ -55,7 +55,7 @@ def test_distance_has_a_point_for_each_head():
     points = figure.axes[0].collections[0].get_offsets()
     expected = keras_vit.attention_distance(model, images)
     np.testing.assert_allclose(points[:, 1], expected.ravel())
-    assert points[:, 0].tolist() == [1] * 3 + [2] * 3 + [3] * 3
+    assert points[:, 0].tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos_2d", "rotary", "relative"])
