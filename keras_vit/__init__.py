@@ -23,10 +23,10 @@ from keras_vit.inspection import (
     attention_maps,
     attention_rollout,
     class_attention,
-    features,
 )
 from keras_vit.lvvit import LVViT
 from keras_vit.mixtoken import MixToken
+from keras_vit.nodes import features
 from keras_vit.pcpvt import PCPVT
 from keras_vit.places import position_similarity
 from keras_vit.position import PEG, LearnedPosition, SinCosPosition

@@ -9,22 +9,28 @@ Shapes in this file:
     blocks, C classes.
 """
 
+import functools
+import io
+
 import numpy as np
 
 from keras_vit.head import class_labels
 from keras_vit.inspection import (
     attention_distance,
     attention_rollout,
+    checked_images,
     class_attention,
-    features,
 )
-from keras_vit.places import position_kind, position_similarity
+from keras_vit.nodes import features, stride_of
+from keras_vit.places import position_kind, position_similarity, shown_block
 from keras_vit.position import PEG
 
 HEAT = "magma"
 INK = "#0072b2"  # of Okabe's and Ito's colours
 SIDE = 1.9  # inches of an image
 TILES = 14  # a side, the most that a reader can tell apart
+LONGEST = 32  # characters of the name of a class
+OTHERS = 0.35  # grey of the classes without a colour
 
 
 def draw_attention(model, images, block=None):
@@ -41,12 +47,13 @@ def draw_attention(model, images, block=None):
         ValueError: Those of `class_attention`.
     """
     maps = class_attention(model, images, block)  # (B, A, h, w)
+    stride = stride_of(model, "block0")
     columns = ["image", *(f"head {i}" for i in range(maps.shape[1]))]
     figure, grid = _panels(images, columns)
     for line, image, heads in zip(grid, _pixels(images), maps, strict=True):
         line[0].imshow(image)
         for axes, heat in zip(line[1:], heads, strict=True):
-            _heat(axes, heat, image.shape)
+            _heat(axes, heat, image.shape, stride)
     return figure
 
 
@@ -61,15 +68,17 @@ def draw_rollout(model, images):
         ValueError: Those of `attention_rollout`.
     """
     maps = attention_rollout(model, images)
+    stride = stride_of(model, "block0")
     figure, grid = _panels(images, ["image", "rollout", "over the image"])
     for line, image, heat in zip(grid, _pixels(images), maps, strict=True):
         line[0].imshow(image)
-        _heat(line[1], heat, image.shape)
+        _heat(line[1], heat, image.shape, stride)
         light = image.mean(-1) / 255
         line[2].imshow(light, cmap="gray", vmin=0, vmax=1)
         low = heat.min()
         strength = (heat - low) / max(heat.max() - low, 1e-9)
-        _heat(line[2], heat, image.shape, alpha=_smooth(strength, image.shape) * 0.7)
+        strength = 0.7 * _smooth(strength, image.shape, stride)
+        _heat(line[2], heat, image.shape, stride, alpha=strength)
     return figure
 
 
@@ -101,7 +110,7 @@ def draw_distance(model, images):
     return figure
 
 
-def draw_positions(model, images=None, *, grid=None, block=1):
+def draw_positions(model, images=None, *, grid=None, block=None):
     """How alike the position of each patch is to all others: a tile for each patch.
 
     Args:
@@ -126,8 +135,10 @@ def draw_positions(model, images=None, *, grid=None, block=1):
             top, left = i * (height + 1), j * (width + 1)
             canvas[top : top + height, left : left + width] = found[y, x]
     shape = canvas.shape[0] - 1, canvas.shape[1] - 1
-    figure, axes = _axes((6.8, 5.0 * shape[0] / shape[1] + 0.7), grid=False)
-    scale, label = _scale(kind, found, block)
+    ratio = np.clip(height / width, 0.3, 2.0)
+    figure, axes = _axes((6.8, 5.0 * ratio + 0.7), grid=False)
+    name = shown_block(model, block) if kind in ("peg", "relative") else ""
+    scale, label = _scale(kind, found, name)
     shown = axes.imshow(canvas[: shape[0], : shape[1]], aspect="auto", **scale)
     for axis, chosen, side in (("x", columns, width), ("y", rows, height)):
         every = max(1, len(chosen) // 8)
@@ -143,10 +154,10 @@ def draw_positions(model, images=None, *, grid=None, block=1):
 def _scale(kind, found, block):
     if kind == "peg":
         most = np.quantile(found, 0.999)
-        return {"cmap": HEAT, "vmin": 0, "vmax": most}, f"attention of block {block}"
+        return {"cmap": HEAT, "vmin": 0, "vmax": most}, f"attention of {block}"
     if kind == "relative":
         most = np.abs(found).max()
-        label = f"bias of block {block}, mean over heads"
+        label = f"bias of {block}, mean over heads"
         return {"cmap": "RdBu_r", "vmin": -most, "vmax": most}, label
     label = "cosine of query and key" if kind == "rotary" else "cosine similarity"
     return {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}, label
@@ -160,18 +171,18 @@ def draw_pegs(model, channels=24):
         channels: How many of each PEG.
 
     Raises:
-        ValueError: If the model has none.
+        ValueError: If the model has none, or `channels` is not positive.
     """
+    if channels < 1:
+        raise ValueError(f"channels must be positive, got {channels}.")
     pegs = [layer for layer in model.layers if isinstance(layer, PEG)]
     if not pegs:
         raise ValueError(f"{model.name!r} must have a PEG to draw its kernels.")
     columns = min(channels, *(layer.kernel.shape[2] for layer in pegs))
     per_row = min(columns, 12)
     rows = -(-columns // per_row)
-    from matplotlib.figure import Figure
-
     size = 0.62 * per_row + 1.3, 0.62 * rows * len(pegs) + 0.35 * len(pegs) + 0.3
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _new_figure(size)
     parts = np.ravel(figure.subfigures(len(pegs), 1, squeeze=False))
     for part, layer in zip(parts, pegs, strict=True):
         kernels = np.asarray(layer.kernel)[..., 0].transpose(2, 0, 1)  # (D, k, k)
@@ -202,16 +213,16 @@ def draw_features(model, images, layers=None):
     Raises:
         ValueError: Those of `features`.
     """
-    if layers is None:
-        layers = _four(model)
-    built = features(model, layers)
-    found = built.predict(np.asarray(images, "float32"), verbose=0)
+    images = checked_images(model, images)
+    built = features(model, _four(model) if layers is None else layers)
+    found = built.predict(images, verbose=0)
     figure, grid = _panels(images, ["image", *found])
     for line, image in zip(grid, _pixels(images), strict=True):
         line[0].imshow(image)
-    for i, maps in enumerate(found.values()):
+    for i, (name, maps) in enumerate(found.items()):
+        stride = stride_of(model, name)
         for line, colours in zip(grid, _colours(maps), strict=True):
-            _heat(line[i + 1], colours, images.shape[1:], cmap=None)
+            _heat(line[i + 1], colours, images.shape[1:], stride, cmap=None)
     return figure
 
 
@@ -229,6 +240,7 @@ def _colours(maps):
     tokens = tokens - tokens.mean(0)
     _, _, directions = np.linalg.svd(tokens, full_matrices=False)
     x = tokens @ directions[:3].T
+    x = np.pad(x, ((0, 0), (0, 3 - x.shape[1])))  # of one or two patches
     low, high = np.quantile(x, [0.01, 0.99], axis=0)
     x = np.clip((x - low) / np.maximum(high - low, 1e-9), 0, 1)
     return x.reshape(*maps.shape[:3], -1)
@@ -247,42 +259,91 @@ def draw_token_answers(model, images):
         ValueError: If the model has no token head.
     """
     import keras
-    from matplotlib import colormaps
     from matplotlib.patches import Patch
 
     heads = [layer for layer in model.layers if layer.name == "token_head"]
     if not heads:
         raise ValueError(
-            f"{model.name!r} must have a token head, as LVViT with token_weight > 0 "
-            "has; it has none."
+            f"{model.name!r} must have a token head, as LVViT with token_weight > 0."
         )
+    images = checked_images(model, images)
     cut = keras.Model(model.input, heads[0].output)
-    logits = np.asarray(cut.predict(np.asarray(images, "float32"), verbose=0))
+    logits = np.asarray(cut.predict(images, verbose=0))
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     classes, certain = shares.argmax(-1), shares.max(-1)[..., None]
-    shown = np.unique(classes)
-    palette = colormaps["tab20" if len(shown) > 10 else "tab10"]
-    colour = {c: np.array(palette(i % palette.N)[:3]) for i, c in enumerate(shown)}
-    pale = np.vectorize(colour.get, signature="()->(n)")(classes)
-    figure, grid = _panels(images, ["image", "patches"], bottom=0.5)
+    colours, names = _legend(classes, class_labels(model))
+    columns = _columns(names)
+    bottom = 0.2 + 0.22 * -(-len(names) // columns)
+    figure, grid = _panels(images, ["image", "patches"], bottom)
+    stride = stride_of(model, "block0")
     for line, image, own, sure in zip(
-        grid, _pixels(images), pale, certain, strict=True
+        grid, _pixels(images), colours[classes], certain, strict=True
     ):
         line[0].imshow(image)
-        _heat(line[1], sure * own + (1 - sure), image.shape, cmap=None)
-    labels = class_labels(model) or range(logits.shape[-1])
+        shown = np.clip(sure * own + (1 - sure), 0, 1)
+        _heat(line[1], shown, image.shape, stride, cmap=None)
     figure.legend(
-        handles=[Patch(facecolor=colour[c], label=str(labels[c])) for c in shown],
+        handles=[Patch(facecolor=colour, label=name) for name, colour in names],
         loc="outside lower center",
-        ncols=min(len(shown), 5),
+        ncols=columns,
         frameon=False,
         handlelength=1,
+        fontsize=9,
     )
     return figure
 
 
+def _legend(classes, labels):
+    """A colour for each class `(C, 3)`, and the names to tell with theirs.
+
+    The classes that are answered most have their own, all others one together.
+    """
+    from matplotlib import colormaps
+
+    found, counts = np.unique(classes, return_counts=True)
+    often = found[np.argsort(-counts, kind="stable")]
+    palette = colormaps["tab10" if len(often) <= 10 else "tab20"]
+    own, others = often, often[:0]
+    if len(often) > palette.N:
+        own, others = often[: palette.N - 1], often[palette.N - 1 :]
+    colours = np.full((classes.max() + 1, 3), OTHERS)
+    names = []
+    for i, c in enumerate(sorted(own)):
+        colours[c] = palette(i)[:3]
+        name = str(labels[c] if labels else c)
+        short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+        names.append((short, tuple(colours[c])))
+    if len(others):
+        names.append((f"{len(others)} others", (OTHERS,) * 3))
+    return colours, names
+
+
+def _columns(names):
+    """How many names of a legend stand beside each other below two images."""
+    longest = max(len(name) for name, _ in names)
+    return int(np.clip(40 // (longest + 5), 1, min(len(names), 5)))
+
+
 # --- parts of a picture ---
+
+
+@functools.cache
+def _figure_class():
+    """A figure that a notebook shows without `pyplot`."""
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        def _repr_png_(self):
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=100)
+            return buffer.getvalue()
+
+    return Picture
+
+
+def _new_figure(size):
+    return _figure_class()(figsize=size, layout="constrained")
 
 
 def _pixels(images):
@@ -291,12 +352,10 @@ def _pixels(images):
 
 def _panels(images, columns, bottom=0.0):
     """A row of axes without ticks for each image; titles over the first."""
-    from matplotlib.figure import Figure
-
     count, height, width = np.shape(images)[:3]
     ratio = height / width
     size = SIDE * len(columns), SIDE * ratio * count + 0.35 + bottom
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _new_figure(size)
     grid = figure.subplots(count, len(columns), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -306,25 +365,22 @@ def _panels(images, columns, bottom=0.0):
     return figure, grid
 
 
-def _heat(axes, heat, shape, cmap=HEAT, alpha=None):
-    """A map `(h, w)` or `(h, w, 3)` over the place of its image."""
+def _heat(axes, heat, shape, stride, cmap=HEAT, alpha=None):
+    """A map `(h, w)` or `(h, w, 3)` over its image, whose last patches may be cut."""
     height, width = shape[:2]
+    bottom, right = (side * stride - 0.5 for side in heat.shape[:2])
     if alpha is not None:
-        heat = _smooth(heat, shape)
-    axes.imshow(
-        heat,
-        cmap=cmap,
-        alpha=alpha,
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-        interpolation="nearest",
-    )
+        heat = _smooth(heat, shape, stride)
+        bottom, right = height - 0.5, width - 0.5
+    extent = (-0.5, right, bottom, -0.5)
+    axes.imshow(heat, cmap=cmap, alpha=alpha, extent=extent, interpolation="nearest")
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def _smooth(heat, shape):
+def _smooth(heat, shape, stride):
     """A map `(h, w)` in the size of its image, linear between centres of patches."""
     for axis, side in enumerate(shape[:2]):
-        count = heat.shape[axis]
-        centres = (np.arange(count) + 0.5) * side / count
+        centres = (np.arange(heat.shape[axis]) + 0.5) * stride
         places = np.arange(side) + 0.5
         heat = np.apply_along_axis(
             lambda line, at=places, own=centres: np.interp(at, own, line), axis, heat
@@ -333,9 +389,7 @@ def _smooth(heat, shape):
 
 
 def _axes(size, grid=True):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _new_figure(size)
     axes = figure.subplots()
     if grid:
         axes.grid(color="#dddddd", linewidth=0.6)

@@ -134,9 +134,19 @@ def watched_attention():
     found = []
     token = _WATCHED.set(found)
     try:
-        yield found
+        with _without_gradient():
+            yield found
     finally:
         _WATCHED.reset(token)
+
+
+def _without_gradient():
+    """PyTorch would keep all that leads to what is watched."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 _WATCHED = contextvars.ContextVar("watched", default=None)

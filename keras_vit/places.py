@@ -8,7 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_vit.attention import SelfAttention
-from keras_vit.inspection import grid_of, node_name, prefix_length, square_maps
+from keras_vit.inspection import attention_maps, check_square, checked_images, grid_of
+from keras_vit.nodes import block_name, prefix_length
 from keras_vit.transformer import TransformerBlock
 
 
@@ -32,11 +33,11 @@ def position_kind(model):
     return "peg" if any("peg" in name for name in layers) else "none"
 
 
-def position_similarity(model, images=None, *, grid=None, block=1):
+def position_similarity(model, images=None, *, grid=None, block=None):
     """How alike the positions of every two patches are.
 
-    - A table, or sines and cosines: the cosine of the angle between two positions,
-      `p_i . p_j / (|p_i| |p_j|)`, prefix tokens left out.
+    - A table, or sines and cosines: the cosine of the angle between two positions, as
+      the model adds them, `p_i . p_j / (|p_i| |p_j|)`, prefix tokens left out.
     - Rotary: the same of one vector, all ones, turned as a query at i and a key at j.
     - A relative bias: the bias of `block`, mean over heads; no cosine.
     - PEG: there are no positions but those that the images call up; the attention of
@@ -48,17 +49,19 @@ def position_similarity(model, images=None, *, grid=None, block=1):
 
     Args:
         model: `ViT`, `CPVT` or `LVViT`.
-        images: `(B, H, W, 3)`, for a PEG alone.
+        images: `(B, H, W, 3)`, for a PEG; of others the grid, where nothing else says.
         grid: `(h, w)`; None for that of the model's `image_size`, or of its table.
-        block: Number of a block; 1, the second, in the CPVT paper.
+        block: Number of a block, for a PEG or a relative bias; None for the second, as
+            in the CPVT paper, or the only one.
 
     Returns:
         `(h, w, h, w)`, float32: of patch (y, x) the similarities to all.
 
     Raises:
-        ValueError: If the model has no position, a PEG has no images, or the grid is
-            not known.
+        ValueError: If the model is a pyramid or has no position, a PEG has no images,
+            there is no such block, or the grid is not known.
     """
+    check_square(model, "Position similarity")
     kind = position_kind(model)
     if kind == "none":
         raise ValueError(
@@ -70,24 +73,34 @@ def position_similarity(model, images=None, *, grid=None, block=1):
                 f"images must be given for {model.name!r}: its PEG makes positions of "
                 "what it sees."
             )
-        maps, _ = square_maps(model, images, "Position similarity")
-        height, width, num_prefix = grid_of(model, np.asarray(images))
-        weights = maps[node_name(model, block)][:, :, num_prefix:, num_prefix:]
+        images = checked_images(model, images)
+        height, width, num_prefix = grid_of(model, images)
+        weights = attention_maps(model, images)[shown_block(model, block)]
+        weights = weights[:, :, num_prefix:, num_prefix:]
         found = weights.mean((0, 1))
     else:
-        height, width = grid or _known_grid(model)
+        height, width = grid or _known_grid(model, images)
         found = _SIMILARITY[kind](model, height, width, block)
     return found.reshape(height, width, height, width).astype("float32")
 
 
-def _known_grid(model):
+def shown_block(model, block):
+    """Name of the block that stands for positions."""
+    blocks = [layer for layer in model.layers if isinstance(layer, TransformerBlock)]
+    return block_name(model, min(1, len(blocks) - 1) if block is None else block)
+
+
+def _known_grid(model, images):
     shape = model.get_layer("patches").output.shape[1:3]
     position = [layer for layer in model.layers if layer.name == "position"]
     if None in shape and position:
         shape = getattr(position[0], "stored_grid", shape)
+    if None in shape and images is not None:
+        return grid_of(model, checked_images(model, images))[:2]
     if None in shape:
         raise ValueError(
-            f"grid=(h, w) must be given for {model.name!r}, which takes any size."
+            f"grid=(h, w), or images, must be given for {model.name!r}, which takes "
+            "any size."
         )
     return shape
 
@@ -102,7 +115,7 @@ def _of_vectors(model, height, width, block):
 
 
 def _of_rotary(model, height, width, block):
-    attention = model.get_layer(node_name(model, block)).attention
+    attention = model.get_layer("block0").attention  # alike in all
     width_of_head = attention.qkv.units // 3 // attention.num_heads
     ones = ops.ones((1, 1, height * width, width_of_head))
     turned = attention.rotary(ones, ops.zeros((1, height, width, 1)))
@@ -111,7 +124,7 @@ def _of_rotary(model, height, width, block):
 
 
 def _of_bias(model, height, width, block):
-    bias = model.get_layer(node_name(model, block)).attention.bias
+    bias = model.get_layer(shown_block(model, block)).attention.bias
     tokens = ops.zeros((1, height * width, 1))
     found = bias(tokens, ops.zeros((1, height, width, 1)))
     return ops.convert_to_numpy(ops.cast(found, "float32"))[0].mean(0)

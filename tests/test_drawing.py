@@ -1,5 +1,7 @@
 """Pictures of what a model sees: what they show is what is computed."""
 
+import io
+
 import numpy as np
 import pytest
 from conftest import to_numpy
@@ -8,7 +10,7 @@ from test_command import run
 from test_inspection import MODELS, pictures, spread, vit
 
 import keras_vit
-from keras_vit import drawing
+from keras_vit import LVViT, drawing
 
 pytestmark = pytest.mark.first  # what they show is tested on every backend
 
@@ -35,6 +37,12 @@ def test_attention_has_a_row_for_each_image_and_a_column_for_each_head():
     np.testing.assert_array_equal(panels[5], expected[1, 0])
     extents = {tuple(axes.images[0].get_extent()) for axes in figure.axes}
     assert extents == {(-0.5, 47.5, 31.5, -0.5)}  # heat lies where the image does
+
+
+def test_a_notebook_shows_a_picture_without_pyplot():
+    figure = drawing.draw_positions(vit())
+    with Image.open(io.BytesIO(figure._repr_png_())) as image:
+        assert image.format == "PNG" and image.width == 100 * figure.get_figwidth()
 
 
 def test_rollout_lies_over_the_image():
@@ -76,7 +84,30 @@ def test_a_large_grid_shows_as_many_tiles_as_a_reader_can_tell_apart():
     assert canvas.shape == (14 * 21 - 1, 14 * 31 - 1)
     peg = MODELS["cpvt"]()
     figure = drawing.draw_positions(peg, pictures(peg))
-    assert figure.axes[-1].get_ylabel() == "attention of block 1"
+    assert figure.axes[-1].get_ylabel() == "attention of block1"
+
+
+def test_heat_lies_over_the_patches_whose_rest_is_outside_the_image():
+    model = spread(vit(image_size=None, position="rotary"))
+    images = pictures(model)[:, :21, :29]
+    for figure in (
+        drawing.draw_attention(model, images),
+        drawing.draw_features(model, images, 0),
+    ):
+        heat = figure.axes[1]
+        assert heat.images[0].get_extent() == [-0.5, 31.5, 23.5, -0.5]
+        assert heat.get_xlim() == (-0.5, 28.5) and heat.get_ylim() == (20.5, -0.5)
+    pyramid = MODELS["pcpvt"]()
+    panel = drawing.draw_features(pyramid, pictures(pyramid), "stage2").axes[1]
+    assert panel.images[0].get_extent() == [-0.5, 63.5, 31.5, -0.5]
+
+
+def test_one_patch_has_a_colour_too_and_tall_grids_fit_a_page():
+    pyramid = MODELS["pcpvt"]()
+    (_, colours) = shown(drawing.draw_features(pyramid, pictures(pyramid, 1), 3))
+    assert colours.shape == (1, 2, 3)
+    model = vit(image_size=(8 * 32, 16))
+    assert drawing.draw_positions(model).get_figheight() < 12
 
 
 def test_pegs_show_the_largest_kernels():
@@ -113,6 +144,25 @@ def test_token_answers_have_the_colours_of_their_classes():
     assert patches.shape == (4, 6, 3) and np.ptp(patches.reshape(-1, 3), 0).max() < 1e-3
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["2"]
+    labels = tuple(f"a class with a rather long name, {i}" for i in range(40))
+    many = LVViT(
+        "tiny",
+        image_size=64,
+        patch_size=8,
+        depth=1,
+        num_classes=40,
+        embed_dim=24,
+        num_heads=3,
+        stem_width=8,
+        labels=labels,
+    )
+    figure = drawing.draw_token_answers(spread(many), pictures(many, 12))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == 20 and names[-1].endswith("others")
+    assert all(len(name) <= 32 for name in names)
     with pytest.raises(ValueError, match="must have a token head, as LVViT"):
         drawing.draw_token_answers(MODELS["registers"](), pictures(model))
 
@@ -165,6 +215,8 @@ def test_look_says_in_a_sentence_what_is_wrong(photos, tmp_path, capsys, monkeyp
         ([tmp_path / "none.jpg"], "There is no image file"),
         ([photos[0], "--block", "7"], "must be in 0..2, the blocks of"),
         ([photos[0], "--image-size", "64"], "takes images of 32 x 48 pixels only"),
+        ([photos[0].parent], "must be an image file, such as"),
+        ([photos[0], "--out", photos[1]], "--out must be a folder"),
     ):
-        code, _, err = run(capsys, monkeypatch, "look", model, *words, *out)
+        code, _, err = run(capsys, monkeypatch, "look", model, *out, *words)
         assert code == 1 and sentence in err and "Traceback" not in err

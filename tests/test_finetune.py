@@ -193,6 +193,7 @@ def test_what_is_no_longer_asked_for_does_not_continue_the_run(
     assert code == 1 and "its recipe.model.dropout is 0.1, now it is 'not given'" in err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_changed_does_not_continue_the_run(
     work, undisturbed, tmp_path, capsys, monkeypatch
 ):

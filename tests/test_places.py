@@ -64,6 +64,14 @@ def test_another_grid_resamples_the_table():
 
 
 @pytest.mark.first
+def test_images_tell_the_grid_and_one_block_is_the_only_one():
+    for position in ("sincos_2d", "rotary", "relative"):
+        model = vit(image_size=None, position=position, depth=1)
+        found = keras_vit.position_similarity(model, pictures(model)[:, :21])
+        assert found.shape == (3, 5, 3, 5)
+
+
+@pytest.mark.first
 def test_every_kind_is_known():
     kinds = {"learned": "table", "sincos_2d": "sincos", "learned_peg": "table"}
     kinds |= dict.fromkeys(("relative", "rotary", "none"))
@@ -78,7 +86,7 @@ def test_what_has_no_positions_is_refused_with_what_to_do():
         keras_vit.position_similarity(vit(position="none"))
     with pytest.raises(ValueError, match=r"images must be given for .*: its PEG makes"):
         keras_vit.position_similarity(MODELS["cpvt"]())
-    with pytest.raises(ValueError, match=r"grid=\(h, w\) must be given"):
+    with pytest.raises(ValueError, match=r"grid=\(h, w\), or images, must be given"):
         keras_vit.position_similarity(vit(image_size=None, position="sincos_2d"))
     blind = CPVT("tiny", image_size=32, depth=1, num_classes=2, peg_positions=())
     assert position_kind(blind) == "none"

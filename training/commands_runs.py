@@ -93,6 +93,9 @@ def look(
     from training.files import model_file
     from training.look import read_images, write_pictures
 
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file.")
+    out.mkdir(parents=True, exist_ok=True)  # an error comes before the work
     size = None if image_size is None else parse_size(image_size)
     network = read_model(model_file(model)[0])
     pixels = read_images(network, images, size)

@@ -9,7 +9,9 @@ import tensorflow as tf
 
 from keras_vit import drawing
 from keras_vit.embedding import Preprocess
+from keras_vit.inspection import check_square
 from keras_vit.model_file import replacing
+from keras_vit.nodes import block_name
 from keras_vit.places import position_kind
 from keras_vit.position import PEG
 from training.preprocess import decode, resize
@@ -25,14 +27,16 @@ def read_images(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a file does not decode, or the model does not take images of
-            `image_size`.
+        ValueError: If a file is a folder or does not decode, or the model does not
+            take images of `image_size`.
     """
     preprocess = preprocess_for_size(model, image_size)
     return np.stack([_read(file, preprocess) for file in files])
 
 
 def _read(file: Path, preprocess: Preprocess) -> np.ndarray:
+    if file.is_dir():
+        raise ValueError(f"{file} must be an image file, such as {file}/*.png.")
     if not file.is_file():
         raise FileNotFoundError(f"There is no image file {file}.")
     try:
@@ -54,7 +58,13 @@ def pictures(
         images: What `read_images` returns.
         block: Whose attention is shown; None for the last, and the second where it
             stands for positions.
+
+    Raises:
+        ValueError: If there is no such block, or a pyramid is to show one.
     """
+    if block is not None:
+        check_square(model, "Attention of a block")
+        block_name(model, block)
     names = {layer.name for layer in model.layers}
     found = {"features": lambda: drawing.draw_features(model, images)}
     if "patches" in names:
@@ -62,8 +72,9 @@ def pictures(
         found["rollout"] = lambda: drawing.draw_rollout(model, images)
         found["distance"] = lambda: drawing.draw_distance(model, images)
         if position_kind(model) != "none":
-            at = 1 if block is None else block
-            found["positions"] = lambda: drawing.draw_positions(model, images, block=at)
+            found["positions"] = lambda: drawing.draw_positions(
+                model, images, block=block
+            )
     if any(isinstance(layer, PEG) for layer in model.layers):
         found["pegs"] = lambda: drawing.draw_pegs(model)
     if "token_head" in names:
@@ -74,10 +85,9 @@ def pictures(
 def write_pictures(
     model: keras.Model, images: np.ndarray, out: Path, block: int | None = None
 ) -> Iterator[Path]:
-    """Write each picture as a PNG file into `out`, and tell its path."""
+    """Write each picture as a PNG file into the folder `out`, and tell its path."""
     from tqdm.auto import tqdm
 
-    out.mkdir(parents=True, exist_ok=True)
     chosen = pictures(model, images, block)
     for name, draw in tqdm(chosen.items(), "pictures", disable=None, leave=False):
         path = out / f"{name}.png"
