@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import gpu
+import kernels
 import pytest
 import startup
 import table
 import throughput
-from contestants import Contestant, Job
+from conftest import to_numpy
+from contestants import Contestant, Job, keras_vit_model
 from machine import options_of
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -37,6 +39,30 @@ def test_the_peak_is_that_of_the_device():
     assert gpu.peak_of("NVIDIA H200", None) == 989.4e12
     assert gpu.peak_of("cpu", None) is None
     assert gpu.peak_of("cpu", 2.5) == 2.5e12
+
+
+@pytest.mark.first
+def test_a_trace_is_read_kernel_by_kernel():
+    line = "onednn_verbose,v1,primitive,exec,cpu,{},forward_training,{}\n"
+    product = "inner_product,x64:gemm:jit", "src:bf16,post:eltwise_gelu_tanh,,{},{}"
+    after = line.format(product[0], product[1].format("mb8ic4oc16", 2.0))
+    trace = f"batch 0\n{after}took 1\nbatch 1\n{after}{after}took 2\n"
+    found = list(kernels.kernels(trace, batches=1))
+    name = "inner_product + eltwise_gelu_tanh"
+    assert found == [(name, "x64:gemm:jit", "mb8ic4oc16", 2.0)] * 2
+    assert kernels.operations("inner_product", "mb8ic4oc16") == 2 * 8 * 4 * 16
+    assert kernels.operations("matmul", "2x3x5x7:2x3x7x11") == 2 * 2 * 3 * 5 * 7 * 11
+    assert kernels.operations("softmax", "16x6x197x197") == 0
+    assert kernels.operations("batch_normalization", "mb1ic3152ih384iw1") == 0
+
+
+@pytest.mark.first
+def test_our_contestant_has_weights_that_no_optimizer_leaves_out():
+    model = keras_vit_model(Job(variant="tiny", image_size=32, depth=2))
+    for weight in model.trainable_variables:
+        if len(weight.shape) == 1:
+            values = to_numpy(weight)
+            assert not {0.0, 1.0} & set(values.tolist()), weight.path
 
 
 @pytest.mark.first
