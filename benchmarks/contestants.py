@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from machine import run_python
 
 KERAS_BACKENDS = "tensorflow", "jax", "torch"
 PRECISIONS = "float32", "bfloat16"
@@ -242,17 +243,7 @@ def exported_steps(job: Job) -> Steps:
     from export.session import _Session
 
     folder = tempfile.TemporaryDirectory()
-    here = Path(__file__).resolve().parent
-    path = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    described = json.dumps(dataclasses.asdict(job))
-    result = subprocess.run(
-        [sys.executable, "-c", EXPORT, described, folder.name],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if result.returncode:
-        raise RuntimeError((result.stderr.strip().splitlines() or ["no message"])[-1])
+    run_python(EXPORT, json.dumps(dataclasses.asdict(job)), folder.name)
     session = _Session(os.path.join(folder.name, "1"))
     folder.cleanup()  # what is loaded needs no file
     images = np.ascontiguousarray(batch(job)[0])

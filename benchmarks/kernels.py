@@ -15,14 +15,12 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from contestants import EXPORT, PRECISIONS, Job
-from machine import show
+from machine import run_python, show
 
 RUN = """
 import sys, time
@@ -40,21 +38,6 @@ for i in range(2 + batches):
 """
 
 
-def python(code: str, *arguments: str, **environment: str) -> str:
-    """What Python code prints, in a process of its own."""
-    here = Path(__file__).resolve().parent
-    path = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(path), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return result.stdout
-
-
 def kernels(trace: str, batches: int) -> Iterator[tuple[str, str, str, float]]:
     """Kind of work, implementation, shapes and milliseconds of each kernel timed."""
     timed = trace.partition(f"batch {trace.count('took') - batches}\n")[2]
@@ -68,7 +51,7 @@ def kernels(trace: str, batches: int) -> Iterator[tuple[str, str, str, float]]:
             yield name, implementation or "gemm", shapes, float(milliseconds)
 
 
-def operations(kind: str, shapes: str) -> int:
+def operations(shapes: str) -> int:
     """Of a product: twice the multiplications; 0 of what is none."""
     if found := re.fullmatch(r"mb(\d+)ic(\d+)oc(\d+)", shapes):
         rows, inner, columns = map(int, found.groups())
@@ -89,10 +72,12 @@ def rows(options: argparse.Namespace) -> list[dict[str, str]]:
     """A row for each kind of work and its shapes, the longest first; then the whole."""
     job = Job(options.batch_size, options.precision, options.variant, 224)
     with tempfile.TemporaryDirectory() as folder:
-        python(EXPORT, json.dumps(dataclasses.asdict(job)), folder)
+        run_python(EXPORT, json.dumps(dataclasses.asdict(job)), folder)
         count = str(options.batches)
         model = os.path.join(folder, "1")
-        trace = python(RUN, model, str(options.batch_size), count, ONEDNN_VERBOSE="1")
+        trace = run_python(
+            RUN, model, str(options.batch_size), count, ONEDNN_VERBOSE="1"
+        )
     times, counts = collections.Counter(), collections.Counter()
     for *cell, milliseconds in kernels(trace, options.batches):
         times[tuple(cell)] += milliseconds / options.batches
@@ -100,7 +85,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, str]]:
     found = []
     for (kind, implementation, shapes), milliseconds in times.most_common():
         number = counts[kind, implementation, shapes] / options.batches
-        done = operations(kind, shapes) * number
+        done = operations(shapes) * number
         rate = f"{done / milliseconds / 1e6:.0f}" if done else "-"
         row = {"work": kind, "kernel": implementation, "shapes": shapes}
         row |= {"times": f"{number:g}", "ms": f"{milliseconds:.1f}", "GFLOP/s": rate}

@@ -14,17 +14,14 @@
 
 import argparse
 import functools
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from machine import show
+from machine import run_python, show
 
 WORDS = {"type": lambda text: text.split(","), "metavar": "LIST"}
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -40,19 +37,8 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def child(code: str, backend: str, *arguments: str) -> str:
     """What Python code prints last, in a new process under a backend."""
-    here = Path(__file__).resolve().parent
-    path = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(last)
-    return (result.stdout.splitlines() or [""])[-1]
+    printed = run_python(code, *arguments, KERAS_BACKEND=backend)
+    return (printed.splitlines() or [""])[-1]
 
 
 def import_row(backend: str, rounds: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def draw_attention(model, images, block=None):
     Raises:
         ValueError: Those of `class_attention`.
     """
+    images = checked_images(model, images)
     maps = class_attention(model, images, block)  # (B, A, h, w)
     stride = stride_of(model, "block0")
     columns = ["image", *(f"head {i}" for i in range(maps.shape[1]))]
@@ -67,6 +68,7 @@ def draw_rollout(model, images):
     Raises:
         ValueError: Those of `attention_rollout`.
     """
+    images = checked_images(model, images)
     maps = attention_rollout(model, images)
     stride = stride_of(model, "block0")
     figure, grid = _panels(images, ["image", "rollout", "over the image"])

@@ -2,6 +2,7 @@
 
 import io
 
+import keras
 import numpy as np
 import pytest
 from conftest import to_numpy
@@ -43,6 +44,15 @@ def test_a_notebook_shows_a_picture_without_pyplot():
     figure = drawing.draw_positions(vit())
     with Image.open(io.BytesIO(figure._repr_png_())) as image:
         assert image.format == "PNG" and image.width == 100 * figure.get_figwidth()
+
+
+@pytest.mark.parametrize("draw", [drawing.draw_attention, drawing.draw_rollout])
+def test_tensors_are_drawn_as_arrays_are(draw):
+    model = spread(MODELS["registers"]())
+    images = pictures(model)
+    found = shown(draw(model, keras.ops.convert_to_tensor(images)))
+    for a, b in zip(found, shown(draw(model, images)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_rollout_lies_over_the_image():
