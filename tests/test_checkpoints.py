@@ -153,6 +153,7 @@ def test_killed_and_run_again_it_ends_as_if_undisturbed(
 
 FORKING = """
 import json, os, sys, threading, time
+from pathlib import Path
 import tensorflow as tf
 import training
 from test_checkpoints import SHORT
@@ -162,9 +163,18 @@ from test_loop import build
 # no backend: JAX and TensorFlow have threads then, which a fork would not have.
 data = training.load_data(sys.argv[1])
 fit = tf.autograph.experimental.do_not_convert(training.fit)  # half of a run's time
+
+
+def end(child, ended, first, seconds, number):
+    while not (first is None or Path(first).exists() or ended.wait(0.001)):
+        pass
+    if not ended.wait(seconds):
+        os.kill(child, number)
+
+
 for line in sys.stdin:
-    run_dir, seconds, number = json.loads(line)
-    started = time.monotonic()
+    run_dir, first, seconds, number = json.loads(line)
+    started, ended = time.monotonic(), threading.Event()
     child = os.fork()
     if child == 0:
         status = 1
@@ -175,10 +185,11 @@ for line in sys.stdin:
             status = error.code
         finally:
             os._exit(status)
-    timer = threading.Timer(seconds or 1e6, os.kill, (child, number))
-    timer.start()
+    killer = threading.Thread(target=end, args=(child, ended, first, seconds, number))
+    killer.start()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    timer.cancel()
+    ended.set()
+    killer.join()
     print(json.dumps([status, time.monotonic() - started]), flush=True)
 """
 SHORT = RECIPE.replace(
@@ -196,7 +207,10 @@ ENDED = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {-signal.SIGTERM, 14
 
 @pytest.fixture(scope="module")
 def forks(data, tmp_path_factory):
-    """A function that runs `SHORT` and ends it at some moment, if one is given."""
+    """A function that runs `SHORT`, and ends it `seconds` after its start.
+
+    With `first` they count from the moment when that file of the run is there.
+    """
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     quick = {
         "OMP_NUM_THREADS": "1",  # PyTorch's threads wait for each other by spinning
@@ -214,8 +228,10 @@ def forks(data, tmp_path_factory):
         text=True,
     )
 
-    def run(run_dir, seconds=None, number=signal.SIGKILL):
-        order = json.dumps([str(run_dir), seconds, number])
+    def run(run_dir, seconds=None, number=signal.SIGKILL, first=None):
+        order = json.dumps(
+            [str(run_dir), first and str(run_dir / first), seconds, number]
+        )
         print(order, file=server.stdin, flush=True)
         return json.loads(server.stdout.readline())
 
@@ -244,15 +260,19 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(
     moments = np.random.default_rng(0).uniform(0, seconds, count)
     found = []
     for i, moment in enumerate(moments):
+        # Every other moment counts from the first state on: however long the start of
+        # a busy machine takes, some runs have saved something, and some nothing.
+        first = "state.npz" if i % 2 else None
         run_dir, status = tmp_path / f"{i}", 0
         while status == 0:  # it ended before: again, and earlier
             shutil.rmtree(run_dir, ignore_errors=True)
-            status, _ = forks(run_dir, moment, number)
-            moment *= 0.8
+            status, _ = forks(run_dir, moment, number, first)
+            moment *= 0.5 if first else 0.8
         assert status in ENDED[number]
         there = (run_dir / "run.json").exists()
         path, _ = find_state(run_dir) if there else (None, "")
         found.append(str(read_state(path)[0]) if path else "nothing")
+        assert path or not first
         assert forks(run_dir)[0] == 0
         check_same_end(run_dir, expected)
     print(f"what {count} runs had saved: {', '.join(found)}")
