@@ -1,5 +1,8 @@
-"""What mkdocs fills in while it builds the pages: the reference of the command line."""
+"""What mkdocs does besides: the reference of the command line, links of notebooks."""
 
+import logging
+import posixpath
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -8,11 +11,33 @@ import typer
 
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- commands -->"
+OTHER_PLACES = {"README.md": "index.md", "benchmarks/README.md": "benchmarks.md"}
+log = logging.getLogger("mkdocs.hooks")
 
 
 def on_page_markdown(markdown, **_):
     """Put the commands where a page asks for them."""
     return markdown.replace(MARK, commands()) if MARK in markdown else markdown
+
+
+def on_page_content(html, page, files, **_):
+    """Let the links of a notebook, which hold in the repository, hold in the site."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def replace(match):
+        path, hash_, anchor = match[1].partition("#")
+        place = posixpath.normpath(posixpath.join("notebooks", path))
+        source = OTHER_PLACES.get(place, place.removeprefix("docs/"))
+        target = files.get_file_from_path(source)
+        if target is None:
+            log.warning("%s links to %s, no page.", page.file.src_uri, match[1])
+            return match[0]
+        return f'href="{target.url_relative_to(page.file)}{hash_}{anchor}"'
+
+    return re.sub(
+        r'href="(?!\w+:|[#/])([^"]+\.(?:md|ipynb)(?:#[^"]*)?)"', replace, html
+    )
 
 
 def commands():
