@@ -205,7 +205,7 @@ def inspect_checkpoint(source, **overrides) -> CheckpointReport:
     The tensors are not read.
 
     Raises:
-        The same as `from_checkpoint`.
+        Exception: As `from_checkpoint` does.
     """
     return _prepare(source, overrides)[2]
 
