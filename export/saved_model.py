@@ -46,6 +46,7 @@ def export_saved_model(
     version: int | None = None,
     top_k: int = 5,
     max_pixels: int | None = None,
+    features: Sequence[int | str] | None = None,
     precision: str | None = None,
     freeze: bool | None = None,
     samples: np.ndarray | tuple[np.ndarray, np.ndarray] | None = None,
@@ -75,6 +76,9 @@ def export_saved_model(
         max_pixels: The most pixels of a file; a larger one is not decoded. None for
             2^26, of a model of label maps 2^22, or 2^20 where it sees files as they
             are.
+        features: Whose outputs `feature_maps` answers, each as `(N, h, w, D)` by the
+            name of its block: numbers or names as for `keras_vit.features`, such as
+            `[3, 7, -1]`. None for the last one, normalised as the head sees it.
         precision: `"float32"`, `"bfloat16"`, or None for what the model computes in.
             Pixels and logits are float32 in each. Where it is less than the model's,
             what it costs is measured on the artifact and written to its report.
@@ -94,8 +98,8 @@ def export_saved_model(
         FileExistsError: If the version exists already; versions are never changed.
         ValueError: If the file is no model, `labels` does not fit, the rebuilt model
             answers differently, the artifact does not pass `verify`, `precision` is
-            unknown, `samples` do not fit, weights of 2 GiB are to be frozen, or
-            `bundle/models.config` was changed by hand and cannot be read.
+            unknown, `samples` or `features` do not fit, weights of 2 GiB are to be
+            frozen, or `bundle/models.config` was changed by hand and cannot be read.
         RuntimeError: If the child process fails.
     """
     directory = Path(directory)
@@ -118,11 +122,12 @@ def export_saved_model(
             f"{computes_in(model)}."
         )
     samples = check_samples(samples, model)
+    features = check_features(model, features)
     bar = tqdm(total=len(STAGES), unit=" stages", disable=not progress)
     with staging(directory) as target, tempfile.TemporaryDirectory() as scratch, bar:
         bar.set_description(STAGES[0])
         job = prepare(model, Path(scratch), target, labels, top_k, max_pixels)
-        job |= {"precision": precision, "freeze": freeze}
+        job |= {"precision": precision, "freeze": freeze, "features": features}
         run_worker(job, bar)
         bar.set_description("verify")
         report = verify(target, progress=False)
@@ -149,7 +154,8 @@ def labels_of(model, labels):
     shape = model.output_shape
     if not isinstance(shape, tuple) or len(shape) not in (2, 4):
         raise ValueError(
-            f"The model must give logits (N, C) or (N, H, W, C), got {shape}."
+            f"The model must give logits (N, C) or (N, H, W, C), got {shape}; of the "
+            "features of its blocks export the model itself, with features=[...]."
         )
     if labels is None:
         labels = class_labels(model) or map(str, range(shape[-1]))
@@ -159,6 +165,22 @@ def labels_of(model, labels):
             f"labels must name the model's {shape[-1]} classes, got {len(labels)}."
         )
     return labels
+
+
+def check_features(model, layers):
+    """The layers, once each; None for none.
+
+    Raises:
+        ValueError: If there is none such, or the model has a class for every pixel.
+    """
+    if layers is None:
+        return None
+    if len(model.output_shape) == 4:
+        raise ValueError(
+            f"features are those of a classifier, got {layers!r} and {model.name!r} of "
+            "a class for every pixel; export its backbone."
+        )
+    return list(keras_vit.features(model, layers).output)
 
 
 def prepare(model, scratch, target, labels, top_k=1, max_pixels=None):

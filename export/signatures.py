@@ -6,7 +6,8 @@ A classifier:
     images           raw pixels, float32       -> the same, and logits
     images_uint8     raw pixels, uint8         -> the same
     features         encoded files             -> features, valid
-    feature_maps     encoded files             -> feature_map, or level1 to 4; valid
+    feature_maps     encoded files             -> feature_map, or level1 to 4, or the
+                                                  layers asked for; valid
     classify         tf.Examples               -> classes, scores
 A model of a class for every pixel:
     serving_default  encoded files of any size -> label_map_bytes, valid
@@ -63,12 +64,14 @@ class Contract:
         top_k: Number of best classes that are named, C at most.
         max_pixels: The most pixels of a file; None for `FILE_PIXELS`, of a model of
             label maps `MAP_PIXELS`, or `MODEL_PIXELS` where it sees files as they are.
+        features: The layers of `feature_maps`; None for the last.
     """
 
     preprocess: Preprocess
     labels: list[str]
     top_k: int
     max_pixels: int | None = None
+    features: list[int | str] | None = None
 
     def pixels_of(self, model: keras.Model) -> int:
         """The most pixels of a file that `model` answers."""
@@ -92,7 +95,7 @@ def signatures(
         contract: What it is served with.
         values: Of `model.weights`, to be constants of the graph; None for variables.
     """
-    network = _network(model, values)
+    network = _network(model, values, contract.features)
     max_pixels = contract.pixels_of(model)
     if len(model.output_shape) == 4:
         return _of_segmenter(model, network, contract, max_pixels)
@@ -222,12 +225,12 @@ def _label_map(logits):
     return tf.argmax(logits, axis=-1, output_type=tf.int32)  # (N, H, W)
 
 
-def _network(model, values):
+def _network(model, values, layers):
     """All answers of the model, as the one function that every signature calls.
 
     A batch may be empty, which some kernels cannot take.
     """
-    answers = answering(model)
+    answers = answering(model, layers)
     spec = tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)
 
     @tf.function(input_signature=[spec], autograph=False)

@@ -132,7 +132,8 @@ def check_target(path: str | Path) -> str:
     suffix = Path(path).suffix
     if suffix not in TARGETS:
         raise ValueError(
-            f"A target's file must end in {', '.join(TARGETS)}, got {str(path)!r}."
+            f"A target's file must end in {', '.join(TARGETS)}, got {str(path)!r}; a "
+            "new folder of versions has no ending."
         )
     name, packages, _ = TARGETS[suffix]
     missing = [x for x in packages if importlib.util.find_spec(x) is None]

@@ -47,7 +47,8 @@ def main(path: str) -> None:
         say(problem=str(error))
         return
     servable = Servable(None if values is not None else model)
-    contract = Contract(preprocess, job["labels"], job["top_k"], job["max_pixels"])
+    told = (job[x] for x in ("labels", "top_k", "max_pixels", "features"))
+    contract = Contract(preprocess, *told)
     functions = signatures(model, contract, values)
     say(next="write")
     target = Path(job["target"])

@@ -169,6 +169,13 @@ def export(
             show_default="that of the model",
         ),
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks whose maps are answered, such as 3,7,-1 or block3.",
+            show_default="the last",
+        ),
+    ] = None,
     freeze: Annotated[
         bool | None,
         typer.Option(
@@ -187,19 +194,20 @@ def export(
     """Export a model as a SavedModel that TensorFlow Serving answers from.
 
     A path that ends in .onnx, .tflite or .xml is a file for ONNX Runtime, LiteRT or
-    OpenVINO instead.
+    OpenVINO instead; any other ending that a folder does not have yet is refused.
     """
     from export import export_saved_model
     from export.precision import check_precision, computes_in, precision_cost
-    from export.targets import TARGETS, check_target, export_to
+    from export.targets import check_target, export_to
     from keras_vit.model_file import read_model
     from training.evaluation import held_out
     from training.files import model_file
 
-    if directory.suffix in TARGETS:
+    is_file = directory.suffix[1:].isalpha() and not directory.is_dir()
+    if is_file:
         name = check_target(directory)
         given = {"version": version, "precision": precision}
-        given |= {"freeze": freeze, "data": data}
+        given |= {"freeze": freeze, "data": data, "features": features}
         for option, value in given.items():
             if value is not None:
                 raise ValueError(f"A file of {name} has no --{option}, got {value}.")
@@ -209,7 +217,7 @@ def export(
         if not labels.is_file():
             raise FileNotFoundError(f"There is no file of labels {labels}.")
         names = [x.strip() for x in labels.read_text().splitlines() if x.strip()]
-    if directory.suffix in TARGETS:
+    if is_file:
         written = export_to(path, directory, names)
         console.print(f"Exported, and checked in {name}'s own runtime: {written}")
         return
@@ -223,6 +231,7 @@ def export(
         directory,
         names,
         version=version,
+        features=None if features is None else _layers(features),
         precision=precision,
         freeze=freeze,
         samples=samples,
@@ -232,6 +241,12 @@ def export(
         console.print(f"{precision} beside the model, {cost}")
     console.print(f"Exported and verified: {published}")
     console.print(f"Next: keras-vit predict {published} IMAGE ...")
+
+
+def _layers(names: str) -> list[int | str]:
+    """Numbers and names of blocks, divided by commas."""
+    given = [x.strip() for x in names.split(",")]
+    return [int(x) if x.removeprefix("-").isdecimal() else x for x in given]
 
 
 @exporting.command()

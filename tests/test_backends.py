@@ -48,6 +48,7 @@ PARITY = f"{EXPORT}::test_one_cpvt_artifact_answers_every_size"
 SLOW = (
     f"{EXPORT}::test_a_position_within_the_attention_is_exported",
     f"{EXPORT}::test_both_heads_of_an_lvvit_are_exported",
+    f"{EXPORT}::test_the_maps_of_chosen_blocks_are_answered_from_files",
     f"{TARGETS}::test_every_target_is_written_from_any_backend[.tflite]",
 )
 QUICK = "not (slow or heavy or first)"

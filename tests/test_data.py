@@ -226,7 +226,7 @@ def test_a_subset_is_drawn_by_its_seed_in_the_order_of_the_whole(folder):
 
 
 def test_wrong_names_and_folders_are_refused(tmp_path):
-    for name in ("cifar10", "digit_scenes:", "digit_scenes:large", "digits:64"):
+    for name in ("cifar10", "digit_scenes:", "digit_scenes:large", "digits:64", None):
         with pytest.raises(ValueError, match=r"'folder:PATH' or 'arrays:.*', got"):
             load_data(name)
     with pytest.raises(ValueError, match=r"no dataset 'mnst'.* mean 'mnist'"):

@@ -10,6 +10,7 @@ from conftest import to_numpy
 from PIL import Image
 
 import export
+import keras_vit
 from export import Runtime, StatusError, export_saved_model, verify
 from export.session import strings
 from export.warmup import NAME as WARMUP
@@ -257,6 +258,36 @@ def test_a_position_within_the_attention_is_exported(tmp_path):
     with Runtime(artifact) as runtime:
         logits = runtime.run("images", images=images)["logits"]
     np.testing.assert_allclose(logits, to_numpy(model(images)), atol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_maps_of_chosen_blocks_are_answered_from_files(tmp_path):
+    """What is folded into weights for the export stays within the blocks."""
+    sizes = {"image_size": (32, 24), "crop_ratio": None, "layer_scale": 0.1, **NARROW}
+    model = build(position="learned_peg", num_registers=2, **sizes)
+    artifact = export_saved_model(
+        model, tmp_path / "model", features=["block0", -1, "peg0"], progress=False
+    )
+    files = [png(32, 24, seed) for seed in (1, 2)]
+    with Runtime(artifact) as runtime:
+        found = runtime.run("feature_maps", image_bytes=strings(files))
+    images = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+    images = np.stack(images).astype("float32")
+    expected = keras_vit.features(model, ["block0", -1, "peg0"])(images)
+    assert found.pop("valid").all()
+    assert found.keys() == expected.keys() == {"block0", "block1", "peg0"}
+    for name, grid in expected.items():
+        assert found[name].shape == (2, 4, 3, 24)
+        np.testing.assert_allclose(found[name], to_numpy(grid), atol=2e-5)
+    with pytest.raises(ValueError, match=r"layers must be in 0\.\.1, the blocks of"):
+        export_saved_model(model, tmp_path / "other", features=[2], progress=False)
+    with pytest.raises(ValueError, match=r"export the model itself, with features=\["):
+        some = keras_vit.features(model, [0, 1])
+        export_saved_model(some, tmp_path / "other", progress=False)
+    dense = keras_vit.SemanticFPN(build(num_classes=0), num_classes=3)
+    with pytest.raises(ValueError, match=r"features are those of a classifier, got"):
+        export_saved_model(dense, tmp_path / "other", features=[0], progress=False)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

@@ -119,6 +119,14 @@ def test_the_command_takes_a_file_for_a_target(tmp_path, capsys, monkeypatch):
     arguments = ["export", model, tmp_path / "a.onnx", "--version", 3]
     status, _, error = run(capsys, monkeypatch, *arguments)
     assert (status, error) == (1, "Error: A file of ONNX has no --version, got 3.\n")
+    arguments = ["export", model, tmp_path / "a.pt"]
+    status, _, error = run(capsys, monkeypatch, *arguments)
+    assert status == 1
+    assert "must end in .onnx, .tflite, .xml, got" in " ".join(error.split())
+    arguments = ["export", model, tmp_path / "models", "--features", "0, x"]
+    status, _, error = run(capsys, monkeypatch, *arguments)
+    assert status == 1 and "layers must be one of" in error and "got 'x'" in error
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["model.keras"]
 
 
 @pytest.mark.slow

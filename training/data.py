@@ -158,7 +158,7 @@ def load_data(name: str, data_dir: str | None = None) -> Dataset:
             `data_dir` is given for another source.
         FileNotFoundError: If the folder or file does not exist.
     """
-    kind, _, rest = name.partition(":")
+    kind, _, rest = str(name).partition(":")
     if data_dir is not None and not (kind == "tfds" and rest):
         raise ValueError(
             f"data_dir is where tensorflow-datasets keeps tfds:NAME, got {data_dir!r} "
