@@ -225,6 +225,7 @@ def rows(name, start):
 
 
 @pytest.mark.first
+@pytest.mark.slow
 def test_the_zoo_has_every_row_with_its_parameters():
     told = rows("docs/zoo.md", r"`\w+\(")
     for family, module in FAMILIES.items():
