@@ -1,5 +1,8 @@
+import dataclasses
+
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_vit.embedding import Preprocess
 from training import from_arrays, load_data, training_batches, validation_batches
@@ -35,6 +38,38 @@ def test_pixels_arrive_exactly(channels):
     order = [next(i for i in range(20) if (whole[i] == x).all()) for x in found]
     assert sorted(order) == list(range(20)) != order
     np.testing.assert_array_equal(labels, classes[order])
+
+
+def test_no_damage_is_looked_for_where_none_can_be():
+    """The batches are those of a look, and do not end with the first epoch."""
+    data = from_arrays((images(60, 5, 7), LABELS))
+    looked = dataclasses.replace(data, whole=False)
+    for first_step in (0, 5):
+        ways = {"seed": 1, "epochs": 2, "first_step": first_step}
+        whole, other = (
+            training_batches(x, PREPROCESS, 8, damaged=never, **ways)
+            for x in (data, looked)
+        )
+        assert whole.cardinality() == other.cardinality() == tf.data.UNKNOWN_CARDINALITY
+        found = pixels(whole)
+        assert len(found[1]) == 8 * (12 - first_step)
+        for x, y in zip(found, pixels(other), strict=True):
+            np.testing.assert_array_equal(x, y)
+    ways = (validation_batches(x, PREPROCESS, 8, damaged=never) for x in (data, looked))
+    for x, y in zip(*map(pixels, ways), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert "IgnoreErrors" not in pipeline(data) and "IgnoreErrors" in pipeline(looked)
+
+
+def never(numbers):
+    raise AssertionError(numbers)
+
+
+def pipeline(data):
+    """The stages of the training, as TensorFlow writes them."""
+    batches = training_batches(data, PREPROCESS, 8, epochs=1, damaged=never)
+    graph = tf.raw_ops.DatasetToGraphV2(input_dataset=batches._variant_tensor)
+    return str(graph.numpy())
 
 
 def test_a_share_of_each_class_is_held_out():

@@ -6,7 +6,12 @@ import tensorflow as tf
 from test_data import few_scenes
 
 from keras_vit.embedding import Preprocess
-from training import Augmentation, load_data, training_batches
+from training import (
+    Augmentation,
+    load_data,
+    training_batches,
+    validation_batches,
+)
 from training.data import subset
 
 PREPROCESS = Preprocess((32, 32), None, "bilinear")
@@ -346,3 +351,10 @@ def test_images_are_tensors_of_the_size_that_the_model_takes(data):
     ).element_spec
     assert spec[0] == tf.TensorSpec((20, 32, 32, 3), tf.float32)
     assert spec[1]["tokens"].shape == (20, 8, 8, 10)
+
+
+def test_the_held_out_batches_are_not_tuned(data):
+    """An iterator whose tuner runs is not given back before that has ended: seconds."""
+    held_out = validation_batches(data, PREPROCESS, 20)
+    assert held_out.options().autotune.enabled is False
+    assert sum(len(labels) for _, labels in held_out) == data.sizes["validation"]

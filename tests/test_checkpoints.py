@@ -251,8 +251,14 @@ def short(forks, tmp_path_factory):
     return folder / "first", seconds
 
 
+# How often; less where this backend runs beside another that does it so often.
+KILLS, STOPS = (6, 3) if os.environ.get("KERAS_VIT_ONE_BACKEND") == "1" else (20, 5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number, count", [(signal.SIGKILL, 20), (signal.SIGTERM, 5)])
+@pytest.mark.parametrize(
+    "number, count", [(signal.SIGKILL, KILLS), (signal.SIGTERM, STOPS)]
+)
 def test_killed_at_any_moment_it_ends_as_if_undisturbed(
     forks, short, tmp_path, number, count
 ):

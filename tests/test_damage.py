@@ -141,6 +141,7 @@ def test_a_mask_of_another_size_is_damage_of_its_image():
         sizes={"train": 8, "validation": 8},
         stream=lambda part: stream,
         shuffle_buffer=8,
+        whole=False,
     )
     found, held_out = [], []
     ((_, labels),) = batches(data, 8, 1, found.extend)

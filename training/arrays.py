@@ -82,6 +82,7 @@ def from_arrays(
         shuffle_buffer=sizes["train"],
         fingerprint=fingerprint([content, labels]),
         image_size=shapes["train"][:2],
+        whole=True,
     )
 
 

@@ -193,6 +193,8 @@ def training_batches(
         batches = loaded(first_epoch, epochs, first_step, worker)
         return batches.map(numbered, tf.data.AUTOTUNE, deterministic=True)
 
+    if data.whole:
+        damaged = None
     first = first_epoch * steps + first_step
     total = epochs * steps - first
     if service is not None:
@@ -208,7 +210,8 @@ def training_batches(
         tf.data.AUTOTUNE,
         deterministic=True,
     )
-    return batches.prefetch(2)
+    # Keras begins anew with every epoch where it knows how many there are.
+    return batches.filter(lambda *batch: True).prefetch(2)
 
 
 def validation_batches(
@@ -241,7 +244,7 @@ def validation_batches(
         return resize(image, preprocess), label
 
     stream = data.stream("validation").enumerate()
-    if damaged is None:
+    if damaged is None or data.whole:
         stream = stream.map(load, tf.data.AUTOTUNE, deterministic=True)
     else:
         stream = without_damaged(load_each(stream, load, CHUNK), CHUNK, damaged)
@@ -249,7 +252,11 @@ def validation_batches(
     if devices > 1:
         count = data.sizes["validation"]
         batches = filled(batches, count, batch_size, devices, data.masks)
-    return part_of(batches, part).prefetch(2)
+    # The tuning of a pipeline keeps who gives it back waiting, for seconds: after every
+    # epoch. Untuned, each stage has a thread for each core.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return part_of(batches, part).prefetch(2).with_options(options)
 
 
 def steps_per_epoch(data: Dataset, batch_size: int) -> int:

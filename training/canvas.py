@@ -81,6 +81,7 @@ def load_canvas(name: str, size: int) -> Dataset:
         fingerprint=digest.hexdigest(),
         image_size=(size, size),
         label_maps=label_maps,
+        whole=True,
     )
 
 

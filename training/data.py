@@ -69,6 +69,8 @@ class Dataset:
             classes int32 `(h, w, k)`). A map covers the whole image, row 0 at its top;
             a value is the probability of its class at that place, and what is missing
             to 1 belongs to all classes alike. None for none.
+        whole: Whether every image is known to decode. To look for those which do not
+            takes as long as to read them, where they are small.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Dataset:
     masks: bool = False
     image_size: tuple[int, int] | None = None
     label_maps: Callable[[], tf.data.Dataset] | None = None
+    whole: bool = False
 
     @contextlib.contextmanager
     def naming_damaged_files(self) -> Iterator[None]:

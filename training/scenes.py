@@ -70,6 +70,7 @@ def load_scenes(name: str, size: int) -> Dataset:
         fingerprint=digest.hexdigest(),
         masks=True,
         image_size=(size, size),
+        whole=True,
     )
 
 

@@ -1,0 +1,281 @@
+"""What all experiments share: the command line, the runs, the record of them.
+
+A run trains one model, of one arm, with one seed, and measures it. Its results are rows
+of `results.csv`, written when it ends. Interrupted, the same command goes on: runs that
+have their rows are not run again, and one that was killed within its training goes on
+where that was saved (`training.fit`). As many runs go on at once as there are cores,
+each on one.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is imported
+
+import joblib
+import keras
+from figures import compared
+from processes import in_processes
+from record import read_rows, write_rows, write_text
+from setting import Experiment, Setting
+from tqdm.auto import tqdm
+
+HOME = Path(__file__).parent
+RECORD = HOME / "results"  # what is committed, laid out as the folder of the runs
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # what it tries
+CHOICE = "choose"  # the folder of that, within the experiment's
+CHOICE_SEEDS = (100,)  # the results are of other seeds
+
+
+def main(experiment: Experiment, arguments: list[str] | None = None) -> list[dict]:
+    """Run what a command line asks for; the rows of all its runs."""
+    given = parse(experiment, arguments)
+    scale = "quick" if given.quick else "gpu" if given.gpu else "full"
+    suffix = "" if scale == "full" else f"-{scale}"
+    if given.data != "digits":
+        suffix += "-" + "".join(x if x.isalnum() else "_" for x in given.data)
+    folder = given.runs / (experiment.name + suffix)
+    setting = Setting(
+        folder=folder / CHOICE if given.choose else folder,
+        suffix=suffix,
+        data=given.data,
+        scale=scale,
+        choosing=given.choose,
+    )
+    _check_data(setting)
+    jobs = experiment.jobs(setting)
+    if not given.choose:
+        rates = _learning_rates(experiment, setting, jobs)
+        setting = dataclasses.replace(setting, learning_rates=rates)
+    if given.choose:
+        arms = {job["arm"]: job for job in jobs}  # with the most images
+        rates = [{**x, "learning_rate": y} for x in arms.values() for y in given.rates]
+        jobs, seeds = rates, CHOICE_SEEDS
+    else:
+        seeds = given.seeds[:1] if given.quick else given.seeds
+    jobs = [{**job, "seed": seed} for seed in seeds for job in jobs]
+    _describe(experiment, setting)
+    rows = _run_all(experiment, setting, jobs, given.workers)
+    if given.choose:
+        _choose(experiment, rows, setting)
+        return rows
+    if experiment.after is not None:
+        experiment.after(setting)
+    table = experiment.report(rows, setting)
+    write_text(folder / "table.md", table + "\n")
+    experiment.draw(rows, setting, folder / "picture.png")
+    print(f"\n{table}\n\nEvery run: {folder / 'results.csv'}")
+    print(f"Picture: {folder / 'picture.png'}")
+    if scale == "full" and given.data == "digits":
+        names = (*experiment.factors, *experiment.labels)
+        record = read_rows(_record(experiment))
+        print(compared(rows, record, names, experiment.measure))
+    return rows
+
+
+def parse(experiment, arguments):
+    parser = argparse.ArgumentParser(
+        prog=f"python experiments/{experiment.name}.py",
+        description=experiment.about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def numbers(text):
+        return [int(x) for x in text.split(",")]
+
+    def rates(text):
+        return [float(x) for x in text.split(",")]
+
+    add = parser.add_argument
+    add("--seeds", type=numbers, default=[0, 1, 2, 3, 4], help="such as 0,1")
+    add("--data", default="digits", help="pictures: digits, tfds:NAME, folder:PATH ...")
+    add("--runs", type=Path, default=Path("runs/experiments"), help="where to keep it")
+    add("--workers", type=int, help="runs at once; by default one for each core")
+    add("--quick", action="store_true", help="to see that it runs; one seed")
+    if not experiment.choice:
+        add("--choose", action="store_true", help="choose the learning rates, no test")
+        add("--rates", type=rates, default=LEARNING_RATES, help="what --choose tries")
+    if experiment.gpu:
+        add("--gpu", action="store_true", help="real sizes; one run at a time")
+    given = parser.parse_args(arguments)
+    given.gpu = experiment.gpu and given.gpu
+    given.choose = not experiment.choice and given.choose
+    if given.quick and given.gpu:
+        parser.error("--quick or --gpu, not both")
+    if min(given.seeds) < 0 or len(set(given.seeds)) < len(given.seeds):
+        parser.error(f"--seeds must be different numbers >= 0, got {given.seeds}")
+    if max(given.seeds) >= CHOICE_SEEDS[0]:
+        parser.error(
+            f"--seeds must be below {CHOICE_SEEDS[0]}, got {max(given.seeds)}: those "
+            "above choose learning rates, draw test images and train teachers"
+        )
+    if given.workers is None:
+        given.workers = 1 if given.gpu else joblib.cpu_count()
+    if given.workers < 1:
+        parser.error(f"--workers must be at least 1, got {given.workers}")
+    return given
+
+
+def _describe(experiment, setting):
+    """Write down what the folder is of, or see that it is of the same.
+
+    Raises:
+        SystemExit: If it holds results of another setting, which are not mixed.
+    """
+    path = setting.folder / "setting.json"
+    own = {
+        "experiment": experiment.name,
+        "data": setting.data,
+        "scale": setting.scale,
+        "backend": keras.backend.backend(),
+        "learning_rates": setting.learning_rates,
+    }
+    if not path.exists():
+        versions = {"keras": keras.__version__}
+        write_text(path, json.dumps(own | versions, indent=2) + "\n")
+    known = json.loads(path.read_text())
+    for name, value in own.items():
+        if known[name] != value:
+            raise SystemExit(
+                f"{setting.folder} holds results with {name}={known[name]!r}, and this "
+                f"is {name}={value!r}: delete its results.csv and setting.json, or say "
+                "--runs ANOTHER."
+            )
+
+
+def _run_all(experiment, setting, jobs, workers):
+    """Run what has no rows yet; the rows of all jobs, in their order."""
+    path = setting.folder / "results.csv"
+    found = {}
+    for row in read_rows(path):
+        found.setdefault(_key(experiment, row), []).append(row)
+    left = [job for job in jobs if _key(experiment, job) not in found]
+    print(_plan(experiment, setting, jobs, left, workers), flush=True)
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), unit=" runs")
+    with bar:
+        for job, rows in in_processes(experiment, left, setting, workers):
+            found[_key(experiment, job)] = rows
+            write_rows(path, [row for each in found.values() for row in each])
+            bar.set_postfix_str(", ".join(str(x) for x in job.values()))
+            bar.update()
+    return [row for job in jobs for row in found[_key(experiment, job)]]
+
+
+def _plan(experiment, setting, jobs, left, workers):
+    """What is going to be done, and how long it took when the record was made."""
+    arms = list(dict.fromkeys(job["arm"] for job in jobs))
+    seeds = list(dict.fromkeys(job["seed"] for job in jobs))
+    lines = [
+        f"{experiment.name}: {len(arms)} arms ({'; '.join(arms)}), seeds {seeds}, "
+        f"{len(jobs)} runs on {setting.data}; {len(jobs) - len(left)} are done.",
+        f"Runs and results: {setting.folder}; interrupted, the same command goes on.",
+    ]
+    seconds = _estimate(experiment, setting, left)
+    if seconds is not None:
+        lines.append(
+            f"Estimate: {seconds / 60 / workers:.0f} minutes, {workers} at once, by "
+            "what the runs of the record took on 2 cores."
+        )
+    elif left:
+        lines.append(
+            f"No estimate, for there is no record of this; {workers} at once, and the "
+            "bar knows more after the first."
+        )
+    return "\n".join(lines)
+
+
+def _estimate(experiment, setting, left):
+    """Seconds that the runs which are left took when the record was made, or None.
+
+    Where the models are another experiment's, which it may have trained already, its
+    runs count too.
+    """
+    if setting.scale != "full" or setting.data != "digits":
+        return None
+    total = 0.0
+    for name in dict.fromkeys((experiment.name, experiment.choice or experiment.name)):
+        known = read_rows(RECORD / name / "results.csv")
+        seconds = {_key(experiment, row): row["seconds"] for row in known}
+        if not seconds:
+            return None
+        mean = sum(seconds.values()) / len(seconds)
+        done = []
+        if name != experiment.name:
+            done = read_rows(setting.beside(name) / "results.csv")
+        done = {_key(experiment, row) for row in done}
+        keys = [_key(experiment, job) for job in left]
+        total += sum(seconds.get(key, mean) for key in keys if key not in done)
+    return total
+
+
+def _choose(experiment, rows, setting):
+    """Write the learning rate of each arm that validated best in the mean."""
+    chosen, lines = {}, []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        means = {}
+        for rate in dict.fromkeys(row["learning_rate"] for row in rows):
+            of_rate = [
+                row[experiment.score]
+                for row in rows
+                if (row["arm"], row["learning_rate"]) == (arm, rate)
+            ]
+            means[rate] = sum(of_rate) / len(of_rate)
+        finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
+        if not finite:
+            raise SystemExit(f"No learning rate trains {arm!r}: say lower --rates.")
+        chosen[arm] = min(finite, key=finite.get)
+        found = ", ".join(f"{rate:g}: {mean:.4f}" for rate, mean in means.items())
+        lines.append(f"{arm}: {chosen[arm]:g} ({found})")
+    path = setting.folder / "chosen.json"
+    write_text(path, json.dumps(chosen, indent=2) + "\n")
+    print(f"\n{experiment.score} of the validation pictures by learning rate:")
+    print("\n".join(lines))
+    print(f"\nWritten down in {path}, which the same command without --choose reads.")
+
+
+def _check_data(setting):
+    """Read pictures that are not the digits before anything is begun.
+
+    Raises:
+        SystemExit: If there are none.
+    """
+    if setting.data == "digits":
+        return
+    from images import read_pictures
+
+    try:
+        read_pictures(setting)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def _learning_rates(experiment, setting, jobs):
+    """Those that were chosen here, or else those of the record.
+
+    Raises:
+        SystemExit: If there are none, and it is not only to be seen that it runs.
+    """
+    name = experiment.choice or experiment.name
+    for folder in (setting.beside(name), RECORD / name):
+        path = folder / CHOICE / "chosen.json"
+        if path.exists():
+            print(f"Learning rates: {path}")
+            return json.loads(path.read_text())
+    if setting.quick:
+        return {job["arm"]: LEARNING_RATES[1] for job in jobs}
+    raise SystemExit(
+        f"No learning rates were chosen yet: python experiments/{name}.py --choose"
+    )
+
+
+def _record(experiment):
+    return RECORD / experiment.name / "results.csv"
+
+
+def _key(experiment, row):
+    names = (*experiment.factors, "seed", "learning_rate")
+    return tuple(row[name] for name in names if name in row)

@@ -1,0 +1,175 @@
+"""Where position comes from: the zeros around the grid are all that a PEG knows of it.
+
+    python experiments/where_position.py
+
+CPVT says that a convolution of the tokens encodes where they are, absolutely, because
+of its zero padding. The task here has nothing but position in it: in which quadrant is
+the digit? A digit of scikit-learn, 8 x 8 px, stands on whole tokens of an 8 x 8 grid
+that is closed in itself, so that one which leaves at the right comes in at the left;
+its top left token decides. All 64 places are as likely, and mean pooling, which has no
+token of its own, answers.
+
+A model without position, or with a PEG whose padding is the grid's other side, gives
+one answer to a digit wherever it is: each test digit stands in all four quadrants, so
+of its four images one is right, 25 % exactly. `difference` says how far the logits of
+the four are apart. `inside` are the images whose digit has two tokens around it on
+every side: there one PEG of 3 x 3 sees no zero next to a digit, and what is best is to
+say the same of all nine places, `constant` of the images.
+"""
+
+import figures
+import lab
+import numpy as np
+from images import enlarge, read_pictures
+from train import dataset, logits, recipe, scores, train
+
+import keras_vit
+
+PATCH, GRID, SIDE = 4, 8, 32  # pixels of a token, tokens of a side, pixels of a side
+DIGIT = 2  # tokens of a digit's side
+MARGIN = 2  # tokens around a digit that is inside
+BATCH = 32  # with fewer updates many a model learns nothing, whatever its position
+SIZES = {
+    "full": {"embed_dim": 32, "depth": 6, "num_heads": 4},
+    "quick": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+CIRCULAR = {"peg_padding": "circular"}
+ARMS = {
+    "none": ("CPVT", {"peg_positions": ()}),
+    "circular PEG x 1": ("CPVT", {"peg_positions": (0,), **CIRCULAR}),
+    "circular PEG x 5": ("CPVT", {"peg_positions": (0, 1, 2, 3, 4), **CIRCULAR}),
+    **{
+        f"PEG x {count}": ("CPVT", {"peg_positions": tuple(range(count))})
+        for count in range(1, 6)
+    },
+    "learned": ("ViT", {"position": "learned"}),
+}
+
+
+def jobs(setting):
+    return [{"arm": arm} for arm in ARMS]
+
+
+def draw(pictures, random):
+    """Each digit in all four quadrants, at one random place of a quadrant.
+
+    Returns:
+        Images `(4 N, S, S)`, quadrants `(4 N,)` and top left tokens `(4 N, 2)`.
+    """
+    digits = enlarge(pictures[0], PATCH * DIGIT)
+    if digits.ndim == 4:  # colours
+        digits = digits.mean(-1).round().astype("uint8")
+    corner = random.integers(0, GRID // 2, (len(digits), 2))
+    images, quadrants, corners = [], [], []
+    for quadrant in range(4):
+        tokens = corner + GRID // 2 * np.array([quadrant // 2, quadrant % 2])
+        whole = np.zeros((len(digits), SIDE, SIDE), "uint8")
+        whole[:, : digits.shape[1], : digits.shape[2]] = digits
+        shifts = zip(whole, tokens * PATCH, strict=True)
+        images += [np.roll(image, shift, axis=(0, 1)) for image, shift in shifts]
+        quadrants.append(np.full(len(digits), quadrant))
+        corners.append(tokens)
+    return np.stack(images), np.concatenate(quadrants), np.concatenate(corners)
+
+
+def inside(corners):
+    """Whether a digit has its margin on every side."""
+    last = GRID - DIGIT - MARGIN
+    return ((corners >= MARGIN) & (corners <= last)).all(axis=1)
+
+
+def build(arm, scale):
+    """Build the transformer of an arm."""
+    family, own = ARMS[arm]
+    if "peg_positions" in own:  # a quick model has fewer blocks
+        depth = SIZES[scale]["depth"]
+        own = own | {"peg_positions": own["peg_positions"][:depth]}
+    return getattr(keras_vit, family)(
+        "tiny",
+        image_size=SIDE,
+        patch_size=PATCH,
+        num_classes=4,
+        initialization="jax",
+        normalization="inception",
+        crop_ratio=None,
+        **SIZES[scale] | own,
+    )
+
+
+def run(job, setting, folder):
+    """Train one encoding to tell quadrants."""
+    arm, seed = job["arm"], job["seed"]
+    pictures = read_pictures(setting)
+    images, quadrants, _ = draw(pictures.train, np.random.default_rng(seed))
+    test, truth, corners = draw(pictures.test, np.random.default_rng(1_000))
+
+    how = recipe(
+        "where_position",
+        epochs=setting.pick(4, 1),
+        batch_size=BATCH,
+        learning_rate=job.get("learning_rate") or setting.learning_rates[arm],
+        warmup_steps=setting.pick(60, 1),
+        seed=seed,
+    )
+    names = ("top left", "top right", "bottom left", "bottom right")
+    data = dataset("where_position", (images, quadrants), (test, truth), names)
+    model = train(lambda: build(arm, setting.scale), data, how, folder)
+    answers = logits(model, test)
+    of_digit = answers.reshape(4, -1, 4)  # (quadrant, digit, answer)
+    difference = float(np.ptp(of_digit, axis=0).max())
+    rows = []
+    for place, chosen in (("anywhere", ...), ("inside", inside(corners))):
+        found = scores(answers[chosen], truth[chosen])
+        constant = np.bincount(truth[chosen]).max() / len(truth[chosen])
+        extra = {"constant": round(constant, 6), "difference": f"{difference:.2g}"}
+        rows.append({"place": place, **found, **extra})
+    return rows[:1] if setting.choosing else rows
+
+
+def report(rows, setting):
+    table = []
+    for arm in ARMS:
+        anywhere, within = (
+            figures.by_seed(rows, "accuracy", arm=arm, place=place).values()
+            for place in ("anywhere", "inside")
+        )
+        differences = figures.by_seed(rows, "difference", arm=arm, place="anywhere")
+        largest = max(float(x) for x in differences.values())
+        table.append(
+            [arm, figures.percent(anywhere), figures.percent(within), f"{largest:.1g}"]
+        )
+    heads = ["position", "anywhere, %", "inside, %", "difference of logits, at most"]
+    best = {row["place"]: row["constant"] for row in rows}
+    head = (
+        "Accuracy of the quadrant, with 95 % intervals. To say always the same is "
+        f"right in {best['anywhere']:.1%} of the images, inside in "
+        f"{best['inside']:.1%}."
+    )
+    return f"{head}\n\n{figures.markdown(heads, table)}"
+
+
+def picture(rows, setting, path):
+    panels = {
+        place: {
+            arm: list(figures.by_seed(rows, "accuracy", arm=arm, place=place).values())
+            for arm in ARMS
+        }
+        for place in ("anywhere", "inside")
+    }
+    title = "In which quadrant is the digit?"
+    figures.dots_picture(path, panels, "accuracy, %", title)
+
+
+EXPERIMENT = lab.Experiment(
+    name="where_position",
+    about=__doc__,
+    factors=("arm",),
+    labels=("place",),
+    jobs=jobs,
+    run=run,
+    report=report,
+    draw=picture,
+)
+
+if __name__ == "__main__":
+    lab.main(EXPERIMENT)
