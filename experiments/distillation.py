@@ -131,7 +131,8 @@ def run(job, setting, folder):
 def report(rows, setting):
     base = figures.by_seed(rows, "accuracy", arm=BASE, head="answer")
     table = []
-    for arm, (answers, has_token) in ARMS.items():
+    for arm in figures.run(ARMS, rows):
+        answers, has_token = ARMS[arm]
         found = figures.by_seed(rows, "accuracy", arm=arm, head="answer")
         heads = ["-", "-"]
         if has_token:
@@ -149,6 +150,8 @@ def report(rows, setting):
     heads += ["distillation token", "its teacher"]
     pairs = []
     for names in PAIRS:
+        if not set(names) <= set(figures.run(ARMS, rows)):
+            continue
         found = [
             figures.by_seed(rows, "accuracy", arm=arm, head="answer") for arm in names
         ]
@@ -167,7 +170,7 @@ def report(rows, setting):
 def picture(rows, setting, path):
     dots = {
         arm: list(figures.by_seed(rows, "accuracy", arm=arm, head="answer").values())
-        for arm in ARMS
+        for arm in figures.run(ARMS, rows)
     }
     title = "200 labels, and a teacher's answers"
     figures.dots_picture(path, {"": dots}, "accuracy, %", title)
@@ -182,6 +185,7 @@ EXPERIMENT = lab.Experiment(
     run=run,
     report=report,
     draw=picture,
+    quick=(BASE, "soft", "soft, token"),
 )
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ ARMS = {
     "PEG x 5": ("CPVT", {"peg_positions": FIVE}),
     "CPVT-GAP": ("CPVT", {"peg_positions": FIVE, "pool": "mean"}),
 }
+QUICK = ("none", "learned", "PEG x 1", "CPVT-GAP")
 DETAIL = 3  # images are drawn this much larger, and resized
 SIDES = (5 / 8, 7 / 8)  # of a picture, of the canvas that is trained
 TEST_SEED = 1_000

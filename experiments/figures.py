@@ -8,6 +8,12 @@ import scipy.stats
 PERCENT = 100.0
 
 
+def run(arms: Iterable[str], rows: list[dict]) -> list[str]:
+    """Those arms that were run: `--quick` runs some of them."""
+    found = {row["arm"] for row in rows}
+    return [arm for arm in arms if arm in found]
+
+
 def by_seed(rows: list[dict], column: str, **where) -> dict[int, float]:
     """One column of the rows that are as `where` says: a value for each seed."""
     return _by("seed", rows, column, where)

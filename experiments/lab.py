@@ -48,6 +48,8 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> list[dic
     )
     _check_data(setting)
     jobs = experiment.jobs(setting)
+    if setting.quick:
+        jobs = [job for job in jobs if job["arm"] in experiment.quick]
     if not given.choose:
         rates = _learning_rates(experiment, setting, jobs)
         setting = dataclasses.replace(setting, learning_rates=rates)
@@ -95,7 +97,7 @@ def parse(experiment, arguments):
     add("--data", default="digits", help="pictures: digits, tfds:NAME, folder:PATH ...")
     add("--runs", type=Path, default=Path("runs/experiments"), help="where to keep it")
     add("--workers", type=int, help="runs at once; by default one for each core")
-    add("--quick", action="store_true", help="to see that it runs; one seed")
+    add("--quick", action="store_true", help="to see that it runs: some arms, one seed")
     if not experiment.choice:
         add("--choose", action="store_true", help="choose the learning rates, no test")
         add("--rates", type=rates, default=LEARNING_RATES, help="what --choose tries")

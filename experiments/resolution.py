@@ -58,10 +58,14 @@ def run(job, setting, folder):
     return rows
 
 
-def lines():
+def lines(rows):
     """Arm and resampling of every line of the table."""
     methods = {"learned": METHODS}
-    return [(arm, x) for arm in encoders.ARMS for x in methods.get(arm, ("",))]
+    return [
+        (arm, x)
+        for arm in figures.run(encoders.ARMS, rows)
+        for x in methods.get(arm, ("",))
+    ]
 
 
 def accuracies(rows, line, protocol, side):
@@ -77,7 +81,7 @@ def report(rows, setting):
     tables = []
     for protocol, factors in protocols(setting).items():
         sides, table = [round(side * x) for x in factors], []
-        for line in lines():
+        for line in lines(rows):
             own = accuracies(rows, (line[0], ""), "trained", side)
             others = [accuracies(rows, line, protocol, x) for x in sides]
             drops = [figures.points(figures.paired(x, own)) for x in others]
@@ -96,7 +100,7 @@ def picture(rows, setting, path):
     panels = {}
     for protocol, factors in protocols(setting).items():
         panels[protocol] = {}
-        for line in lines():
+        for line in lines(rows):
             if line[1] not in ("", METHODS[0]):
                 continue
             places = {
@@ -125,6 +129,7 @@ EXPERIMENT = lab.Experiment(
     run=run,
     report=report,
     draw=picture,
+    quick=encoders.QUICK,
     gpu=True,
     choice="positions",
 )

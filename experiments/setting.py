@@ -64,6 +64,7 @@ class Experiment:
         score: Column that decides which learning rate is best, the smaller the better.
         report: From all rows and the setting to the table, in Markdown.
         draw: From all rows, the setting and a path to the picture.
+        quick: Arms that `--quick` runs.
         gpu: Whether there is a scale for a GPU.
         after: What is done when all runs are, from the setting.
         choice: Name of the experiment that chose the learning rates; "" for this one.
@@ -76,6 +77,7 @@ class Experiment:
     run: Callable[[dict, Setting, Path], list[dict]]
     report: Callable[[list[dict], Setting], str]
     draw: Callable[[list[dict], Setting, Path], None]
+    quick: tuple[str, ...]
     labels: tuple[str, ...] = ()
     measure: str = "accuracy"
     score: str = "cross_entropy"

@@ -120,7 +120,7 @@ def accuracies(rows, arm, count):
 
 def report(rows, setting):
     table, gaps = [], []
-    for arm in ARMS:
+    for arm in figures.run(ARMS, rows):
         weights = next(row["weights"] for row in rows if row["arm"] == arm)
         found = [accuracies(rows, arm, x) for x in counts(setting)]
         cells = [figures.percent(x.values()) for x in found]
@@ -141,7 +141,7 @@ def report(rows, setting):
 def picture(rows, setting, path):
     lines = {
         arm: {x: list(accuracies(rows, arm, x).values()) for x in counts(setting)}
-        for arm in ARMS
+        for arm in figures.run(ARMS, rows)
     }
     figures.lines_picture(
         path,
@@ -160,6 +160,7 @@ EXPERIMENT = lab.Experiment(
     run=run,
     report=report,
     draw=picture,
+    quick=("PCPVT", "LV-ViT stem", "CNN"),
     gpu=True,
 )
 

@@ -184,7 +184,7 @@ def accuracies(rows, arm, count):
 
 def report(rows, setting):
     table, gains, annotators, mixings = [], [], [], []
-    for arm in ARMS:
+    for arm in figures.run(ARMS, rows):
         found = [accuracies(rows, arm, x) for x in counts(setting)]
         table.append([arm, *(figures.percent(x.values()) for x in found)])
         if arm != BASE:
@@ -192,6 +192,8 @@ def report(rows, setting):
             pairs = zip(found, base, strict=True)
             gains.append([arm, *(figures.points(figures.paired(*x)) for x in pairs)])
     for arm, other in PAIRS.items():
+        if not {arm, other} <= set(figures.run(ARMS, rows)):
+            continue
         first, second = (
             [accuracies(rows, x, count) for count in counts(setting)]
             for x in (arm, other)
@@ -201,7 +203,7 @@ def report(rows, setting):
         mixings.append([f"{arm} less {other}", *cells])
     for count in counts(setting):
         known = figures.by_seed(
-            rows, "annotator_accuracy", arm="annotator", images=count
+            rows, "annotator_accuracy", arm="annotator, CutMix", images=count
         )
         annotators.append(figures.percent(known.values()))
     table.append(["the annotator itself", *annotators])
@@ -219,7 +221,7 @@ def report(rows, setting):
 def picture(rows, setting, path):
     lines = {
         arm: {x: list(accuracies(rows, arm, x).values()) for x in counts(setting)}
-        for arm in ARMS
+        for arm in figures.run(ARMS, rows)
     }
     title = "A label for every token, equal numbers of updates"
     figures.lines_picture(path, {"": lines}, "training images", "accuracy, %", title)
@@ -233,6 +235,7 @@ EXPERIMENT = lab.Experiment(
     run=run,
     report=report,
     draw=picture,
+    quick=(BASE, "exact labels, MixToken", "annotator, CutMix", "annotator, MixToken"),
     gpu=True,
 )
 

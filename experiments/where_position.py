@@ -128,7 +128,7 @@ def run(job, setting, folder):
 
 def report(rows, setting):
     table = []
-    for arm in ARMS:
+    for arm in figures.run(ARMS, rows):
         anywhere, within = (
             figures.by_seed(rows, "accuracy", arm=arm, place=place).values()
             for place in ("anywhere", "inside")
@@ -152,7 +152,7 @@ def picture(rows, setting, path):
     panels = {
         place: {
             arm: list(figures.by_seed(rows, "accuracy", arm=arm, place=place).values())
-            for arm in ARMS
+            for arm in figures.run(ARMS, rows)
         }
         for place in ("anywhere", "inside")
     }
@@ -169,6 +169,7 @@ EXPERIMENT = lab.Experiment(
     run=run,
     report=report,
     draw=picture,
+    quick=("none", "circular PEG x 1", "PEG x 2", "learned"),
 )
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 `pytest` runs the backend of KERAS_BACKEND in its own process; a process of Keras has
 one. The children work beside it: they are started first and asked last. Only what is
 backend-agnostic runs again: the library, the fit loop, losses and metrics, the
-optimizer, and the export of a model of that backend. What is marked `first` runs again
-on PyTorch with the slow tests, and not on JAX, which compiles each operation.
+optimizer, and the export of a model of that backend. What is marked `first`, which no
+backend can change, does not.
 """
 
 import importlib.util
@@ -42,16 +42,12 @@ FILES = [
     for name in [*(module.stem for module in LIBRARY), *OTHER_NAMES]
     if (path := TESTS / f"test_{name}.py").exists()
 ]
-EXPORT = TESTS / "test_export.py"
-TARGETS = TESTS / "test_export_targets.py"
-PARITY = f"{EXPORT}::test_one_cpvt_artifact_answers_every_size"
-SLOW = (
-    f"{EXPORT}::test_a_position_within_the_attention_is_exported",
-    f"{EXPORT}::test_both_heads_of_an_lvvit_are_exported",
-    f"{EXPORT}::test_the_maps_of_chosen_blocks_are_answered_from_files",
-    f"{TARGETS}::test_every_target_is_written_from_any_backend[.tflite]",
+PARITY = TESTS / "test_export.py::test_one_cpvt_artifact_answers_every_size"
+TARGET = TESTS / (
+    "test_export_targets.py::test_every_target_is_written_from_any_backend[.tflite]"
 )
 QUICK = "not (slow or heavy or first)"
+SLOW = "(slow or heavy) and not first"
 OTHERS = [
     name
     for name in ("tensorflow", "jax", "torch")
@@ -105,16 +101,13 @@ def finish(child, log):
 @pytest.fixture(scope="session")
 def children(cache):
     """The quick tests on every other backend."""
-    yield from running(cache, dict.fromkeys(OTHERS, QUICK), *FILES, PARITY)
+    yield from running(cache, QUICK, *FILES, PARITY)
 
 
 @pytest.fixture(scope="session")
 def slow_children(cache):
     """The others."""
-    marks = dict.fromkeys(OTHERS, f"not ({QUICK})")
-    if "jax" in marks:
-        marks["jax"] = "(slow or heavy) and not first"
-    yield from running(cache, marks, *FILES, *SLOW)
+    yield from running(cache, SLOW, *FILES, TARGET)
 
 
 @pytest.fixture(scope="session")
@@ -125,10 +118,7 @@ def cache(pytestconfig, tmp_path_factory):
 
 
 def running(cache, marks, *tests):
-    started = {
-        backend: start(backend, cache, expression, *tests)
-        for backend, expression in marks.items()
-    }
+    started = {backend: start(backend, cache, marks, *tests) for backend in OTHERS}
     yield started
     for child, _ in started.values():
         child.kill()

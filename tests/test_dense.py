@@ -127,7 +127,7 @@ def test_the_tail_is_applied_at_each_place(options):
     "name, pool, options",
     [
         first("MobileNetV2", "global_average_pooling2d", {"alpha": 0.35}),
-        ("MobileNetV3Small", "global_average_pooling2d", {}),
+        first("MobileNetV3Small", "global_average_pooling2d", {}),
     ],
 )
 def test_networks_of_keras_applications_are_teachers(name, pool, options):

@@ -69,6 +69,7 @@ def resumed(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_a_run_that_goes_on_has_every_point_once(resumed):
     run_dir, cut = resumed
     assert cut["step/loss"][-1][0] >= 2 * UPDATES  # of which the state knows nothing
@@ -80,6 +81,7 @@ def test_a_run_that_goes_on_has_every_point_once(resumed):
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_the_curves_are_those_of_the_history_and_of_the_schedule(resumed):
     run_dir, _ = resumed
     found, rows = points(run_dir), read_history(run_dir)
@@ -121,6 +123,7 @@ def watch(run_dir, epochs, loss):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_what_was_lost_is_not_there_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(events, "EVERY", 1)
     watch(tmp_path, (0, 1, 2), 1.0)

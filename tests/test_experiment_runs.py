@@ -38,15 +38,15 @@ def test_killed_it_goes_on_and_leaves_no_process(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = record.read_rows(results)
-    assert 0 < len(before) < 2 * len(where_position.ARMS)
+    assert 0 < len(before) < 2 * len(where_position.EXPERIMENT.quick)
     while any(is_running(x) for x in children.split()) and time.monotonic() < end:
         time.sleep(0.1)
     assert not [x for x in children.split() if is_running(x)]
     again = subprocess.run(arguments, capture_output=True, text=True, check=True)
     rows = record.read_rows(results)
     assert rows[: len(before)] == before
-    assert {row["arm"] for row in rows} == set(where_position.ARMS)
-    assert len(rows) == 2 * len(where_position.ARMS)
+    assert {row["arm"] for row in rows} == set(where_position.EXPERIMENT.quick)
+    assert len(rows) == 2 * len(where_position.EXPERIMENT.quick)
     assert f"{len(before) // 2} are done" in again.stdout
 
 
@@ -97,7 +97,7 @@ def test_a_student_goes_on_with_the_teacher_that_is_there(tmp_path):
     again = subprocess.run(arguments, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     rows = record.read_rows(tmp_path / "distillation-quick/results.csv")
-    assert {row["arm"] for row in rows} == set(distillation.ARMS)
+    assert {row["arm"] for row in rows} == set(distillation.EXPERIMENT.quick)
     assert teacher.read_bytes() == before
 
 
@@ -108,7 +108,7 @@ def test_what_is_chosen_is_what_is_trained_with(tmp_path):
     folder = tmp_path / "small_data-quick"
     chosen = json.loads((folder / "choose/chosen.json").read_text())
     found = record.read_rows(folder / "choose/results.csv")
-    assert set(chosen) == set(small_data.ARMS)
+    assert set(chosen) == set(small_data.EXPERIMENT.quick)
     assert len(found) == 2 * len(chosen)
     for arm, rate in chosen.items():
         losses = {

@@ -4,7 +4,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import to_numpy
+from conftest import first, to_numpy
 from test_data import few_scenes, tiny_segmenter, write_images
 
 import training
@@ -81,6 +81,7 @@ def test_a_frozen_backbone_is_told_to_no_file(data, tmp_path):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_a_run_with_lora_goes_on_and_leaves_a_plain_model(data, tmp_path, monkeypatch):
     recipe = RECIPE.replace(lora_rank=2, epochs=1, warmup_epochs=0)
     recipe = recipe.replace(epochs=2)
@@ -161,8 +162,8 @@ TOKEN_LABELING = TOKEN_LABELING.replace(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
-    [SEGMENTATION, TOKEN_LABELING],
-    ids=lambda recipe: recipe.name,
+    [first(SEGMENTATION), TOKEN_LABELING],
+    ids=["segmentation", "token_labeling"],
 )
 def test_an_interrupted_run_ends_as_if_undisturbed(tmp_path, monkeypatch, recipe):
     if recipe is SEGMENTATION:

@@ -16,6 +16,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_a_run_that_diverges_stops_and_names_the_step_and_the_last_weights(
     data, tmp_path, capsys
 ):

@@ -122,6 +122,7 @@ def test_the_memory_of_all_blocks_but_one_is_saved():
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_a_process_that_trains_takes_less_memory():
     backend = keras.backend.backend()
     options = options_of(

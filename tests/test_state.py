@@ -1,5 +1,8 @@
+import io
 import os
+import zipfile
 
+import h5py
 import numpy as np
 import pytest
 from test_loop import RECIPE, build
@@ -7,6 +10,21 @@ from test_loop import RECIPE, build
 import training
 from training.checkpoints import Checkpoint
 from training.state import Place, find_state, read_state, write_state
+
+
+def weights_in(path):
+    """The weights in a `.keras` file, by their places in it, without a model."""
+    with zipfile.ZipFile(path) as archive:
+        file = io.BytesIO(archive.read("model.weights.h5"))
+    found = {}
+
+    def keep(place, item):
+        if isinstance(item, h5py.Dataset):
+            found[place] = item[()]
+
+    with h5py.File(file) as weights:
+        weights.visititems(keep)
+    return found
 
 
 def flipped(path, place):
