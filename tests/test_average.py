@@ -18,6 +18,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_the_average_is_what_is_validated_saved_and_returned(data, tmp_path):
     recipe = RECIPE.replace(ema=0.9, epochs=2, dropout=0.0, attention_dropout=0.0)
     recipe = recipe.replace(drop_path_rate=0.0, depth=1, embed_dim=12)

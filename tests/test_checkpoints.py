@@ -69,6 +69,7 @@ def check_same_end(run_dir, expected_dir):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_a_run_directory_says_everything(data, undisturbed):
     run_dir, _ = undisturbed
     assert sorted(path.name for path in run_dir.iterdir()) == FILES
@@ -86,6 +87,7 @@ def test_a_run_directory_says_everything(data, undisturbed):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_last_model_is_the_one_that_was_returned(undisturbed):
     run_dir, final = undisturbed
     last = keras.saving.load_model(run_dir / "last.keras")
@@ -287,6 +289,7 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_with_a_damaged_state_it_goes_on_from_the_one_before(
     data, undisturbed, tmp_path, capsys
 ):
@@ -315,6 +318,7 @@ def at_step(monkeypatch, number, do):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_sigterm_saves_within_the_epoch_and_the_run_goes_on_at_the_next_step(
     data, undisturbed, tmp_path, capsys, monkeypatch
 ):

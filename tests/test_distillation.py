@@ -322,6 +322,7 @@ def run(work, name, stop=None):
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_a_run_with_a_teacher_resumes_exactly_and_leaves_the_student_alone(work):
     folder, _, _ = work
     network = run(work, "whole")

@@ -81,6 +81,7 @@ def start(backend, folder, run_dir, runs, changes=None, **environment):
             "KERAS_BACKEND": backend,
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "TF_CPP_MIN_LOG_LEVEL": "3",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of code that runs a few times
             **environment,
         },
         stdout=subprocess.PIPE,

@@ -11,7 +11,7 @@ from PIL import Image
 
 import export
 import keras_vit
-from export import Runtime, StatusError, export_saved_model, verify
+from export import Runtime, StatusError, export_saved_model
 from export.session import strings
 from export.warmup import NAME as WARMUP
 from export.warmup import read_warmup
@@ -292,7 +292,7 @@ def test_the_maps_of_chosen_blocks_are_answered_from_files(tmp_path):
 
 @pytest.mark.slow
 def test_both_heads_of_an_lvvit_are_exported(tmp_path):
-    """What is verified asks its convolutions for images of wrong ranks, too."""
+    """`verify`, without which nothing is published, asks for wrong ranks too."""
     sizes = {"patch_size": 8, "depth": 2, "stem_width": 8, **NARROW}
     model = LVViT("tiny", image_size=None, num_classes=4, **sizes)
     artifact = export_saved_model(model, tmp_path / "lvvit", progress=False)
@@ -303,7 +303,6 @@ def test_both_heads_of_an_lvvit_are_exported(tmp_path):
     of_class, of_tokens = keras.Model(model.input, nodes)(images)
     expected = to_numpy(of_class) + 0.5 * to_numpy(of_tokens).max((1, 2))
     np.testing.assert_allclose(logits, expected, atol=2e-5)
-    assert verify(artifact).ok
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ def test_labels_that_cannot_be_made_leave_no_run_behind(data, tmp_path):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_a_batch_in_parts_is_one_update(data, tmp_path):
     recipe = RECIPE.replace(epochs=1, warmup_epochs=0, accumulation_steps=2)
     recipe = recipe.replace(dropout=0.0, attention_dropout=0.0, drop_path_rate=0.0)
@@ -71,6 +72,7 @@ def test_a_batch_in_parts_is_one_update(data, tmp_path):
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_a_frozen_backbone_is_told_to_no_file(data, tmp_path):
     recipe = RECIPE.replace(frozen="backbone", epochs=1, warmup_epochs=0)
     model = training.fit(build, data, recipe, tmp_path)

@@ -142,6 +142,7 @@ def test_a_process_that_trains_takes_less_memory():
 
 
 @pytest.mark.heavy
+@pytest.mark.first
 def test_fit_computes_again_what_the_recipe_says(tmp_path, tmp_path_factory):
     data = two_classes(tmp_path_factory)
     recipe = RECIPE.replace(epochs=1, warmup_epochs=0, drop_path_rate=0.2)
