@@ -246,7 +246,7 @@ def run_worker(job, bar, module="export.worker"):
     }
     with tempfile.TemporaryFile("w+") as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", module, str(path)],
+            [sys.executable, "-m", "export.lean", module, str(path)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

@@ -1,5 +1,6 @@
 """What the package is as a whole: what its import brings along."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -39,3 +40,20 @@ def test_import_needs_one_backend_and_nothing_else_of_ours():
 def test_naming_training_does_not_load_its_loop():
     code = "import training, export, sys; assert 'training.loop' not in sys.modules"
     assert run(sys.executable, "-c", code).returncode == 0
+
+
+@pytest.mark.first
+def test_the_process_of_an_export_imports_no_more_than_it_needs():
+    """Keras and TensorFlow import all three where they are."""
+    names = ("jax", "matplotlib", "sklearn")
+    assert any(importlib.util.find_spec(name) for name in names)
+    for module in ("export.worker", "export.target_worker"):
+        code = (
+            "import runpy, sys; from export import lean; "
+            "runpy.run_module = lambda name, **_: __import__(name);"
+            f"sys.argv[1:] = [{module!r}]; lean.main();"
+            f"assert {module!r} in sys.modules;"
+            f"print(*(x for x in {names} if x in sys.modules))"
+        )
+        result = run(sys.executable, "-c", code)
+        assert result.stdout == "\n", result.stderr
