@@ -4,17 +4,15 @@
 
 CPVT says that a convolution of the tokens encodes where they are, absolutely, because
 of its zero padding. The task here has nothing but position in it: in which quadrant is
-the digit? A digit of scikit-learn, 8 x 8 px, stands on whole tokens of an 8 x 8 grid
-that is closed in itself, so that one which leaves at the right comes in at the left;
-its top left token decides. All 64 places are as likely, and mean pooling, which has no
-token of its own, answers.
+the digit? A digit of scikit-learn, 8 x 8 px, is one token of a grid of 6 x 6, and the
+others are black; all 36 places are as likely.
 
 A model without position, or with a PEG whose padding is the grid's other side, gives
 one answer to a digit wherever it is: each test digit stands in all four quadrants, so
 of its four images one is right, 25 % exactly. `difference` says how far the logits of
 the four are apart. `inside` are the images whose digit has two tokens around it on
-every side: there one PEG of 3 x 3 sees no zero next to a digit, and what is best is to
-say the same of all nine places, `constant` of the images.
+every side, four places: there one PEG of 3 x 3 sees no zero next to a digit, nor a
+digit next to a zero, so it gives one answer to all four, which are as likely.
 """
 
 import figures
@@ -25,8 +23,8 @@ from train import dataset, logits, recipe, scores, train
 
 import keras_vit
 
-PATCH, GRID, SIDE = 4, 8, 32  # pixels of a token, tokens of a side, pixels of a side
-DIGIT = 2  # tokens of a digit's side
+PATCH, GRID = 8, 6  # pixels of a token, tokens of a side
+SIDE = PATCH * GRID  # pixels
 MARGIN = 2  # tokens around a digit that is inside
 BATCH = 32  # with fewer updates many a model learns nothing, whatever its position
 SIZES = {
@@ -54,28 +52,33 @@ def draw(pictures, random):
     """Each digit in all four quadrants, at one random place of a quadrant.
 
     Returns:
-        Images `(4 N, S, S)`, quadrants `(4 N,)` and top left tokens `(4 N, 2)`.
+        Images `(4 N, S, S)`, quadrants `(4 N,)` and the tokens that are the digits
+        `(4 N, 2)`.
     """
-    digits = enlarge(pictures[0], PATCH * DIGIT)
+    digits = enlarge(pictures[0], PATCH)
     if digits.ndim == 4:  # colours
         digits = digits.mean(-1).round().astype("uint8")
-    corner = random.integers(0, GRID // 2, (len(digits), 2))
-    images, quadrants, corners = [], [], []
+    of_quadrant = random.integers(0, GRID // 2, (len(digits), 2))
+    images, quadrants, places = [], [], []
     for quadrant in range(4):
-        tokens = corner + GRID // 2 * np.array([quadrant // 2, quadrant % 2])
-        whole = np.zeros((len(digits), SIDE, SIDE), "uint8")
-        whole[:, : digits.shape[1], : digits.shape[2]] = digits
-        shifts = zip(whole, tokens * PATCH, strict=True)
-        images += [np.roll(image, shift, axis=(0, 1)) for image, shift in shifts]
+        tokens = of_quadrant + GRID // 2 * np.array([quadrant // 2, quadrant % 2])
+        images += [placed(*x) for x in zip(digits, tokens, strict=True)]
         quadrants.append(np.full(len(digits), quadrant))
-        corners.append(tokens)
-    return np.stack(images), np.concatenate(quadrants), np.concatenate(corners)
+        places.append(tokens)
+    return np.stack(images), np.concatenate(quadrants), np.concatenate(places)
 
 
-def inside(corners):
+def placed(digit, token):
+    """An image with a digit as one of its tokens."""
+    image = np.zeros((SIDE, SIDE), "uint8")
+    top, left = PATCH * token
+    image[top : top + PATCH, left : left + PATCH] = digit
+    return image
+
+
+def inside(places):
     """Whether a digit has its margin on every side."""
-    last = GRID - DIGIT - MARGIN
-    return ((corners >= MARGIN) & (corners <= last)).all(axis=1)
+    return ((places >= MARGIN) & (places < GRID - MARGIN)).all(axis=1)
 
 
 def build(arm, scale):
@@ -101,7 +104,7 @@ def run(job, setting, folder):
     arm, seed = job["arm"], job["seed"]
     pictures = read_pictures(setting)
     images, quadrants, _ = draw(pictures.train, np.random.default_rng(seed))
-    test, truth, corners = draw(pictures.test, np.random.default_rng(1_000))
+    test, truth, places = draw(pictures.test, np.random.default_rng(1_000))
 
     how = recipe(
         "where_position",
@@ -118,7 +121,7 @@ def run(job, setting, folder):
     of_digit = answers.reshape(4, -1, 4)  # (quadrant, digit, answer)
     difference = float(np.ptp(of_digit, axis=0).max())
     rows = []
-    for place, chosen in (("anywhere", ...), ("inside", inside(corners))):
+    for place, chosen in (("anywhere", ...), ("inside", inside(places))):
         found = scores(answers[chosen], truth[chosen])
         constant = np.bincount(truth[chosen]).max() / len(truth[chosen])
         extra = {"constant": round(constant, 6), "difference": f"{difference:.2g}"}

@@ -165,21 +165,19 @@ def test_each_digit_is_in_every_quadrant_once():
     digits = read_digits()["train"][0][:100]
     labels = np.zeros(len(digits), int)
     drawn = where_position.draw((digits, labels), np.random.default_rng(0))
-    found, quadrants, corners = drawn
+    found, quadrants, places = drawn
+    assert found.shape == (400, 48, 48)
     assert np.array_equal(np.bincount(quadrants), [100] * 4)
-    assert corners.min() == 0
-    assert corners.max() == where_position.GRID - 1
+    assert len(set(map(tuple, places))) == 36
     for i in range(100):
-        copies = found[i::100]
-        assert all(copy.sum() == digits[i].sum() for copy in copies)
-        assert len({tuple(x) for x in corners[i::100] % 4}) == 1
-    for quadrant, (top, left) in zip(quadrants, corners, strict=True):
-        assert quadrant == 2 * (top >= 4) + (left >= 4)
-    whole = (corners <= 6).all(axis=1)
-    first = np.flatnonzero(whole)[0]
-    top, left = corners[first] * where_position.PATCH
-    shown = found[first, top : top + 8, left : left + 8]
-    assert np.array_equal(shown, digits[first % 100])
+        assert len({tuple(x) for x in places[i::100] % 3}) == 1
+    for i, (top, left) in enumerate(places):
+        assert quadrants[i] == 2 * (top >= 3) + (left >= 3)
+        token = found[i, 8 * top : 8 * top + 8, 8 * left : 8 * left + 8]
+        assert np.array_equal(token, digits[i % 100])
+        assert found[i].sum() == token.sum()
+    inside = places[where_position.inside(places)]
+    assert {tuple(x) for x in inside} == {(2, 2), (2, 3), (3, 2), (3, 3)}
 
 
 @pytest.mark.parametrize(
@@ -202,11 +200,12 @@ def test_a_digit_has_one_answer_where_the_padding_tells_nothing(arm, is_blind):
     size = np.ptp(answers)
     assert (apart < 1e-5 * size) == is_blind
     if arm == "PEG x 1":  # two tokens from the border it is blind too
-        place = [[2, 2], [3, 4], [4, 2], [4, 4]]
-        moved = [np.roll(digits_on(digits), 4 * np.array(x), (1, 2)) for x in place]
-        assert where_position.inside(np.array(place)).all()
-        inside = np.stack([ask(model, x) for x in moved])
+        tokens = np.array([[2, 2], [2, 3], [3, 2], [3, 3]])
+        moved = [[where_position.placed(x, token) for x in digits] for token in tokens]
+        inside = np.stack([ask(model, np.stack(x)) for x in moved])
         assert np.ptp(inside, axis=0).max() < 1e-5 * size
+        found = np.stack([where_position.placed(x, np.array([1, 2])) for x in digits])
+        assert np.abs(ask(model, found) - inside[0]).max() > 1e-4 * size
 
 
 def drawn_model(arm):
@@ -216,12 +215,6 @@ def drawn_model(arm):
     random = np.random.default_rng(0)
     model.set_weights([random.normal(0, 0.3, x.shape) for x in model.get_weights()])
     return model
-
-
-def digits_on(digits):
-    whole = np.zeros((len(digits), 32, 32), "uint8")
-    whole[:, :8, :8] = digits
-    return whole
 
 
 def ask(model, grey):
