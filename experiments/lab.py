@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 
 HOME = Path(__file__).parent
 RECORD = HOME / "results"  # what is committed, laid out as the folder of the runs
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # what it tries
 CHOICE = "choose"  # the folder of that, within the experiment's
 CHOICE_SEEDS = (100,)  # the results are of other seeds
 
@@ -100,7 +99,7 @@ def parse(experiment, arguments):
     add("--quick", action="store_true", help="to see that it runs: some arms, one seed")
     if not experiment.choice:
         add("--choose", action="store_true", help="choose the learning rates, no test")
-        add("--rates", type=rates, default=LEARNING_RATES, help="what --choose tries")
+        add("--rates", type=rates, default=experiment.rates, help="what --choose tries")
     if experiment.gpu:
         add("--gpu", action="store_true", help="real sizes; one run at a time")
     given = parser.parse_args(arguments)
@@ -268,7 +267,7 @@ def _learning_rates(experiment, setting, jobs):
             print(f"Learning rates: {path}")
             return json.loads(path.read_text())
     if setting.quick:
-        return {job["arm"]: LEARNING_RATES[1] for job in jobs}
+        return {job["arm"]: experiment.rates[0] for job in jobs}
     raise SystemExit(
         f"No learning rates were chosen yet: python experiments/{name}.py --choose"
     )

@@ -65,6 +65,7 @@ class Experiment:
         report: From all rows and the setting to the table, in Markdown.
         draw: From all rows, the setting and a path to the picture.
         quick: Arms that `--quick` runs.
+        rates: Learning rates that `--choose` tries.
         gpu: Whether there is a scale for a GPU.
         after: What is done when all runs are, from the setting.
         choice: Name of the experiment that chose the learning rates; "" for this one.
@@ -81,6 +82,7 @@ class Experiment:
     labels: tuple[str, ...] = ()
     measure: str = "accuracy"
     score: str = "cross_entropy"
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     gpu: bool = False
     after: Callable[[Setting], None] | None = None
     choice: str = ""

@@ -108,7 +108,7 @@ def run(job, setting, folder):
 
     how = recipe(
         "where_position",
-        epochs=setting.pick(4, 1),
+        epochs=setting.pick(8, 1),
         batch_size=BATCH,
         learning_rate=job.get("learning_rate") or setting.learning_rates[arm],
         warmup_steps=setting.pick(60, 1),
@@ -172,6 +172,7 @@ EXPERIMENT = lab.Experiment(
     run=run,
     report=report,
     draw=picture,
+    rates=(5e-4, 1e-3, 2e-3),
     quick=("none", "circular PEG x 1", "PEG x 2", "learned"),
 )
 
