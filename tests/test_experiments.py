@@ -294,7 +294,7 @@ def test_every_arm_was_run_with_five_seeds_and_the_rate_that_was_chosen(name):
     losses = record.read_rows(chooser / "results.csv")
     for arm, rate in chosen.items():
         of_arm = [row for row in losses if row["arm"] == arm]
-        assert {row["learning_rate"] for row in of_arm} == set(lab.LEARNING_RATES)
+        assert {row["learning_rate"] for row in of_arm} == set(experiment.rates)
         best = min(of_arm, key=lambda row: row["cross_entropy"])
         assert best["learning_rate"] == rate
 
