@@ -131,7 +131,7 @@ def run(job, setting, folder):
 def report(rows, setting):
     base = figures.by_seed(rows, "accuracy", arm=BASE, head="answer")
     table = []
-    for arm in figures.run(ARMS, rows):
+    for arm in figures.arms_in(rows, ARMS):
         answers, has_token = ARMS[arm]
         found = figures.by_seed(rows, "accuracy", arm=arm, head="answer")
         heads = ["-", "-"]
@@ -150,7 +150,7 @@ def report(rows, setting):
     heads += ["distillation token", "its teacher"]
     pairs = []
     for names in PAIRS:
-        if not set(names) <= set(figures.run(ARMS, rows)):
+        if not set(names) <= set(figures.arms_in(rows, ARMS)):
             continue
         found = [
             figures.by_seed(rows, "accuracy", arm=arm, head="answer") for arm in names
@@ -170,7 +170,7 @@ def report(rows, setting):
 def picture(rows, setting, path):
     dots = {
         arm: list(figures.by_seed(rows, "accuracy", arm=arm, head="answer").values())
-        for arm in figures.run(ARMS, rows)
+        for arm in figures.arms_in(rows, ARMS)
     }
     title = "200 labels, and a teacher's answers"
     figures.dots_picture(path, {"": dots}, "accuracy, %", title)

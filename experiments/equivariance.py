@@ -68,7 +68,7 @@ def report(rows, setting):
         on_canvas = [row for row in rows if row["canvas"] == canvas]
         moves = [x for x in dict.fromkeys(row["move"] for row in on_canvas) if x]
         table = []
-        for arm in figures.run(encoders.ARMS, rows):
+        for arm in figures.arms_in(rows, encoders.ARMS):
             still = figures.by_seed(on_canvas, "accuracy", arm=arm, move=0)
             cells = [
                 figures.by_seed(on_canvas, "consistency", arm=arm, move=x).values()
@@ -96,7 +96,7 @@ def picture(rows, setting, path):
                 )
                 for move in moves
             }
-            for arm in figures.run(encoders.ARMS, rows)
+            for arm in figures.arms_in(rows, encoders.ARMS)
         }
     figures.lines_picture(
         path,

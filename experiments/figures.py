@@ -8,8 +8,8 @@ import scipy.stats
 PERCENT = 100.0
 
 
-def run(arms: Iterable[str], rows: list[dict]) -> list[str]:
-    """Those arms that were run: `--quick` runs some of them."""
+def arms_in(rows: list[dict], arms: Iterable[str]) -> list[str]:
+    """Those arms that have rows, in this order: `--quick` runs some of them."""
     found = {row["arm"] for row in rows}
     return [arm for arm in arms if arm in found]
 
@@ -45,6 +45,16 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 def paired(first: dict[int, float], second: dict[int, float]) -> list[float]:
     """First minus second, seed by seed."""
     return [first[seed] - second[seed] for seed in first if seed in second]
+
+
+def by_images(rows: list[dict], arm: str, counts: Iterable[int]) -> list[dict]:
+    """Accuracy of an arm by seed, for each number of training images."""
+    return [by_seed(rows, "accuracy", arm=arm, images=count) for count in counts]
+
+
+def gains(first: list[dict], second: list[dict]) -> list[str]:
+    """Points that the first are ahead, paired by seed, for each number of images."""
+    return [points(paired(*x)) for x in zip(first, second, strict=True)]
 
 
 def percent(values: Iterable[float]) -> str:
@@ -136,6 +146,20 @@ def lines_picture(
     all_axes[0].set_ylabel(y_label)
     all_axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, title, path)
+
+
+def images_picture(
+    path: Path, rows: list[dict], arms: list[str], counts: tuple[int, ...], title: str
+) -> None:
+    """Draw the accuracy of arms by their number of training images."""
+    lines = {
+        arm: {
+            count: list(found.values())
+            for count, found in zip(counts, by_images(rows, arm, counts), strict=True)
+        }
+        for arm in arms
+    }
+    lines_picture(path, {"": lines}, "training images", "accuracy, %", title)
 
 
 def dots_picture(

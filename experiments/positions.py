@@ -86,7 +86,7 @@ def report(rows, setting):
     costs = lab.read_rows(setting.folder / "cost.csv")
     base = figures.by_seed(rows, "accuracy", arm="learned")
     table = []
-    for arm in figures.run(encoders.ARMS, rows):
+    for arm in figures.arms_in(rows, encoders.ARMS):
         found = figures.by_seed(rows, "accuracy", arm=arm)
         loss = figures.by_seed(rows, "cross_entropy", arm=arm).values()
         weights = next(row["weights"] for row in rows if row["arm"] == arm)
@@ -109,7 +109,7 @@ def report(rows, setting):
 def picture(rows, setting, path):
     dots = {
         arm: list(figures.by_seed(rows, "accuracy", arm=arm).values())
-        for arm in figures.run(encoders.ARMS, rows)
+        for arm in figures.arms_in(rows, encoders.ARMS)
     }
     title = "Position encodings, equal weights and epochs"
     figures.dots_picture(path, {"": dots}, "accuracy, %", title)

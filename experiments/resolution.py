@@ -63,7 +63,7 @@ def lines(rows):
     methods = {"learned": METHODS}
     return [
         (arm, x)
-        for arm in figures.run(encoders.ARMS, rows)
+        for arm in figures.arms_in(rows, encoders.ARMS)
         for x in methods.get(arm, ("",))
     ]
 

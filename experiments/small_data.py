@@ -113,22 +113,16 @@ def run(job, setting, folder):
     return [{"weights": model.count_params(), **found}]
 
 
-def accuracies(rows, arm, count):
-    """By seed."""
-    return figures.by_seed(rows, "accuracy", arm=arm, images=count)
-
-
 def report(rows, setting):
     table, gaps = [], []
-    for arm in figures.run(ARMS, rows):
+    for arm in figures.arms_in(rows, ARMS):
         weights = next(row["weights"] for row in rows if row["arm"] == arm)
-        found = [accuracies(rows, arm, x) for x in counts(setting)]
+        found = figures.by_images(rows, arm, counts(setting))
         cells = [figures.percent(x.values()) for x in found]
         table.append([arm, f"{weights:,}", *cells])
         if arm != "CNN":
-            cnn = [accuracies(rows, "CNN", x) for x in counts(setting)]
-            pairs = zip(found, cnn, strict=True)
-            gaps.append([arm, *(figures.points(figures.paired(*x)) for x in pairs)])
+            cnn = figures.by_images(rows, "CNN", counts(setting))
+            gaps.append([arm, *figures.gains(found, cnn)])
     heads = [f"{x} images" for x in counts(setting)]
     return (
         "Accuracy in percent by number of training images, with 95 % intervals.\n\n"
@@ -139,17 +133,9 @@ def report(rows, setting):
 
 
 def picture(rows, setting, path):
-    lines = {
-        arm: {x: list(accuracies(rows, arm, x).values()) for x in counts(setting)}
-        for arm in figures.run(ARMS, rows)
-    }
-    figures.lines_picture(
-        path,
-        {"": lines},
-        "training images",
-        "accuracy, %",
-        "Few images, equal numbers of updates",
-    )
+    arms = figures.arms_in(rows, ARMS)
+    title = "Few images, equal numbers of updates"
+    figures.images_picture(path, rows, arms, counts(setting), title)
 
 
 EXPERIMENT = lab.Experiment(

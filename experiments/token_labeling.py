@@ -177,30 +177,19 @@ def run(job, setting, folder):
     return [scores(logits(model, test), truth) | extra]
 
 
-def accuracies(rows, arm, count):
-    """By seed."""
-    return figures.by_seed(rows, "accuracy", arm=arm, images=count)
-
-
 def report(rows, setting):
     table, gains, annotators, mixings = [], [], [], []
-    for arm in figures.run(ARMS, rows):
-        found = [accuracies(rows, arm, x) for x in counts(setting)]
+    for arm in figures.arms_in(rows, ARMS):
+        found = figures.by_images(rows, arm, counts(setting))
         table.append([arm, *(figures.percent(x.values()) for x in found)])
         if arm != BASE:
-            base = [accuracies(rows, BASE, x) for x in counts(setting)]
-            pairs = zip(found, base, strict=True)
-            gains.append([arm, *(figures.points(figures.paired(*x)) for x in pairs)])
+            base = figures.by_images(rows, BASE, counts(setting))
+            gains.append([arm, *figures.gains(found, base)])
     for arm, other in PAIRS.items():
-        if not {arm, other} <= set(figures.run(ARMS, rows)):
+        if not {arm, other} <= set(figures.arms_in(rows, ARMS)):
             continue
-        first, second = (
-            [accuracies(rows, x, count) for count in counts(setting)]
-            for x in (arm, other)
-        )
-        pairs = zip(first, second, strict=True)
-        cells = [figures.points(figures.paired(*x)) for x in pairs]
-        mixings.append([f"{arm} less {other}", *cells])
+        both = (figures.by_images(rows, x, counts(setting)) for x in (arm, other))
+        mixings.append([f"{arm} less {other}", *figures.gains(*both)])
     for count in counts(setting):
         known = figures.by_seed(
             rows, "annotator_accuracy", arm="annotator, CutMix", images=count
@@ -219,12 +208,9 @@ def report(rows, setting):
 
 
 def picture(rows, setting, path):
-    lines = {
-        arm: {x: list(accuracies(rows, arm, x).values()) for x in counts(setting)}
-        for arm in figures.run(ARMS, rows)
-    }
+    arms = figures.arms_in(rows, ARMS)
     title = "A label for every token, equal numbers of updates"
-    figures.lines_picture(path, {"": lines}, "training images", "accuracy, %", title)
+    figures.images_picture(path, rows, arms, counts(setting), title)
 
 
 EXPERIMENT = lab.Experiment(

@@ -131,7 +131,7 @@ def run(job, setting, folder):
 
 def report(rows, setting):
     table = []
-    for arm in figures.run(ARMS, rows):
+    for arm in figures.arms_in(rows, ARMS):
         anywhere, within = (
             figures.by_seed(rows, "accuracy", arm=arm, place=place).values()
             for place in ("anywhere", "inside")
@@ -155,7 +155,7 @@ def picture(rows, setting, path):
     panels = {
         place: {
             arm: list(figures.by_seed(rows, "accuracy", arm=arm, place=place).values())
-            for arm in figures.run(ARMS, rows)
+            for arm in figures.arms_in(rows, ARMS)
         }
         for place in ("anywhere", "inside")
     }

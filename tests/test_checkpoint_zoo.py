@@ -207,7 +207,7 @@ def differences(model, report):
 
 @pytest.fixture(scope="module")
 def nothing_drawn():
-    """Two thirds of the time: timm draws weights that are not there, slowly."""
+    """More than half of the time: timm draws weights that are not there, slowly."""
     timm()
     gc.freeze()  # and `clear_session` looks for garbage in all that was imported
     with pytest.MonkeyPatch.context() as patch:
