@@ -10,7 +10,7 @@ all: with their labels alone, or with the teacher's answers to the same images b
 What the teacher knows of the other 1,237 digits reaches the student through its answers
 alone, so this is no measure of learning from 200 images. The teacher's part of the loss
 is DeiT's half for hard answers; for soft ones it is nine tenths at temperature 3, as in
-the recipe `digits_distilled`, where it was chosen on other seeds.
+the recipe `digits_distilled`, where it was tried on the same test digits.
 """
 
 import figures

@@ -7,7 +7,8 @@ Three experiments ask the same trained models (`resolution`, `equivariance`,
 An image of the task is one picture, a digit of scikit-learn, 5/8 to 7/8 of the canvas
 large, somewhere on black. It is drawn three times as fine as it is seen, and resized,
 so the same image exists at any size. Each training digit is placed eight times, each
-test digit four times; the test images are the same for all arms and seeds.
+test digit four times, other pictures once; the test images are the same for all arms
+and seeds.
 """
 
 import functools
@@ -40,6 +41,7 @@ QUICK = ("none", "learned", "PEG x 1", "CPVT-GAP")
 DETAIL = 3  # images are drawn this much larger, and resized
 SIDES = (5 / 8, 7 / 8)  # of a picture, of the canvas that is trained
 TEST_SEED = 1_000
+PLACED = 8 * 1437  # images of an epoch; where there are more, epochs are fewer
 
 
 def jobs(setting) -> list[dict]:
@@ -56,7 +58,7 @@ def build(
     arm: str,
     setting,
     num_classes: int,
-    image_size: int | None,
+    image_size: int,
     **arguments,
 ) -> keras.Model:
     """Build the transformer of an arm.
@@ -65,7 +67,7 @@ def build(
         arm: Key of `ARMS`.
         setting: `lab.Setting`.
         num_classes: Number of logits.
-        image_size: Side of an image, pixels; None for any.
+        image_size: Side of an image, pixels.
         **arguments: Of the model, besides.
     """
     side, patch = sizes(setting)
@@ -134,7 +136,12 @@ def test_images(
     pictures: Pictures, setting, side: int, canvas: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The test images at a size."""
-    return draw(pictures.test, side, canvas, setting.pick(4, 1), TEST_SEED)
+    return draw(pictures.test, side, canvas, copies(setting)[1], TEST_SEED)
+
+
+def copies(setting) -> tuple[int, int]:
+    """How often each training and each test picture is placed."""
+    return (8, 4) if setting.data == "digits" and not setting.quick else (1, 1)
 
 
 def trained(job: dict, setting, folder: Path) -> tuple[keras.Model, Pictures]:
@@ -157,14 +164,15 @@ def _train(arm, seed, rate, setting, pictures, folder, kept):
     """Train a model, and keep its weights; where they are."""
     side, _ = sizes(setting)
     num_classes = len(pictures.labels)
+    images = draw(pictures.train, side, 1.0, copies(setting)[0], seed)
+    epochs = setting.pick(3, 0, 80) * PLACED // len(images[1])
     how = recipe(
         "encoders",
-        epochs=setting.pick(3, 1, 80),
+        epochs=max(1, epochs),
         learning_rate=rate,
-        warmup_steps=setting.pick(60, 1),
+        warmup_steps=setting.pick(60, 1, 1_400),
         seed=seed,
     )
-    images = draw(pictures.train, side, 1.0, setting.pick(8, 1), seed)
     test = test_images(pictures, setting, side)
     data = dataset("encoders", images, test, pictures.labels)
     model = train(lambda: build(arm, setting, num_classes, side), data, how, folder)

@@ -24,10 +24,13 @@ from record import read_rows, write_rows, write_text
 from setting import Experiment, Setting
 from tqdm.auto import tqdm
 
+from keras_vit import kernels
+
 HOME = Path(__file__).parent
 RECORD = HOME / "results"  # what is committed, laid out as the folder of the runs
 CHOICE = "choose"  # the folder of that, within the experiment's
-CHOICE_SEEDS = (100,)  # the results are of other seeds
+CHOICE_SEED = 100  # the results are of lower ones
+GPU_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # larger models want lower learning rates
 
 
 def main(experiment: Experiment, arguments: list[str] | None = None) -> list[dict]:
@@ -45,6 +48,11 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> list[dic
         scale=scale,
         choosing=given.choose,
     )
+    if given.gpu and kernels.half_precision() is None:
+        raise SystemExit(
+            f"--gpu trains models that want a GPU, and {keras.backend.backend()} sees "
+            "none here: leave --gpu out, or say another backend by KERAS_BACKEND."
+        )
     _check_data(setting)
     jobs = experiment.jobs(setting)
     if setting.quick:
@@ -54,15 +62,16 @@ def main(experiment: Experiment, arguments: list[str] | None = None) -> list[dic
         setting = dataclasses.replace(setting, learning_rates=rates)
     if given.choose:
         arms = {job["arm"]: job for job in jobs}  # with the most images
-        rates = [{**x, "learning_rate": y} for x in arms.values() for y in given.rates]
-        jobs, seeds = rates, CHOICE_SEEDS
+        rates = given.rates or (GPU_RATES if given.gpu else experiment.rates)
+        jobs = [{**x, "learning_rate": y} for x in arms.values() for y in rates]
+        seeds = [CHOICE_SEED]
     else:
         seeds = given.seeds[:1] if given.quick else given.seeds
     jobs = [{**job, "seed": seed} for seed in seeds for job in jobs]
     _describe(experiment, setting)
     rows = _run_all(experiment, setting, jobs, given.workers)
     if given.choose:
-        _choose(experiment, rows, setting)
+        _choose(experiment, setting)
         return rows
     if experiment.after is not None:
         experiment.after(setting)
@@ -99,7 +108,7 @@ def parse(experiment, arguments):
     add("--quick", action="store_true", help="to see that it runs: some arms, one seed")
     if not experiment.choice:
         add("--choose", action="store_true", help="choose the learning rates, no test")
-        add("--rates", type=rates, default=experiment.rates, help="what --choose tries")
+        add("--rates", type=rates, help="what --choose tries, such as 1e-3,2e-3")
     if experiment.gpu:
         add("--gpu", action="store_true", help="real sizes; one run at a time")
     given = parser.parse_args(arguments)
@@ -109,9 +118,9 @@ def parse(experiment, arguments):
         parser.error("--quick or --gpu, not both")
     if min(given.seeds) < 0 or len(set(given.seeds)) < len(given.seeds):
         parser.error(f"--seeds must be different numbers >= 0, got {given.seeds}")
-    if max(given.seeds) >= CHOICE_SEEDS[0]:
+    if max(given.seeds) >= CHOICE_SEED:
         parser.error(
-            f"--seeds must be below {CHOICE_SEEDS[0]}, got {max(given.seeds)}: those "
+            f"--seeds must be below {CHOICE_SEED}, got {max(given.seeds)}: those "
             "above choose learning rates, draw test images and train teachers"
         )
     if given.workers is None:
@@ -143,8 +152,7 @@ def _describe(experiment, setting):
         if known[name] != value:
             raise SystemExit(
                 f"{setting.folder} holds results with {name}={known[name]!r}, and this "
-                f"is {name}={value!r}: delete its results.csv and setting.json, or say "
-                "--runs ANOTHER."
+                f"is {name}={value!r}: move the folder away, or say --runs ANOTHER."
             )
 
 
@@ -176,6 +184,7 @@ def _plan(experiment, setting, jobs, left, workers):
         f"Runs and results: {setting.folder}; interrupted, the same command goes on.",
     ]
     seconds = _estimate(experiment, setting, left)
+    workers = min(workers, max(1, len(left)))
     if seconds is not None:
         lines.append(
             f"Estimate: {seconds / 60 / workers:.0f} minutes, {workers} at once, by "
@@ -213,23 +222,18 @@ def _estimate(experiment, setting, left):
     return total
 
 
-def _choose(experiment, rows, setting):
-    """Write the learning rate of each arm that validated best in the mean."""
+def _choose(experiment, setting):
+    """Write the learning rate of each arm that validated best, of all tried so far."""
+    rows = read_rows(setting.folder / "results.csv")
     chosen, lines = {}, []
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        means = {}
-        for rate in dict.fromkeys(row["learning_rate"] for row in rows):
-            of_rate = [
-                row[experiment.score]
-                for row in rows
-                if (row["arm"], row["learning_rate"]) == (arm, rate)
-            ]
-            means[rate] = sum(of_rate) / len(of_rate)
-        finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
+        own = [row for row in rows if row["arm"] == arm]
+        scores = {row["learning_rate"]: row[experiment.score] for row in own}
+        finite = {rate: score for rate, score in scores.items() if math.isfinite(score)}
         if not finite:
             raise SystemExit(f"No learning rate trains {arm!r}: say lower --rates.")
         chosen[arm] = min(finite, key=finite.get)
-        found = ", ".join(f"{rate:g}: {mean:.4f}" for rate, mean in means.items())
+        found = ", ".join(f"{rate:g}: {score:.4f}" for rate, score in scores.items())
         lines.append(f"{arm}: {chosen[arm]:g} ({found})")
     path = setting.folder / "chosen.json"
     write_text(path, json.dumps(chosen, indent=2) + "\n")
@@ -255,13 +259,14 @@ def _check_data(setting):
 
 
 def _learning_rates(experiment, setting, jobs):
-    """Those that were chosen here, or else those of the record.
+    """Those that were chosen here, or else those of the record, of its small models.
 
     Raises:
         SystemExit: If there are none, and it is not only to be seen that it runs.
     """
-    name = experiment.choice or experiment.name
-    for folder in (setting.beside(name), RECORD / name):
+    name, gpu = experiment.choice or experiment.name, setting.scale == "gpu"
+    places = [setting.beside(name)] if gpu else [setting.beside(name), RECORD / name]
+    for folder in places:
         path = folder / CHOICE / "chosen.json"
         if path.exists():
             print(f"Learning rates: {path}")
@@ -269,7 +274,8 @@ def _learning_rates(experiment, setting, jobs):
     if setting.quick:
         return {job["arm"]: experiment.rates[0] for job in jobs}
     raise SystemExit(
-        f"No learning rates were chosen yet: python experiments/{name}.py --choose"
+        "No learning rates were chosen yet for models of this size: "
+        f"python experiments/{name}.py --choose{' --gpu' if gpu else ''}"
     )
 
 

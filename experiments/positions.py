@@ -71,7 +71,7 @@ def cost(setting):
 
 
 def speed(costs, kind, arm):
-    """As a part of that without position, median of the rounds, if it was measured."""
+    """As a part of that without position: median and quartiles of the rounds."""
     if not any(row["arm"] == arm for row in costs):
         return "-"
     rates = {
@@ -79,7 +79,8 @@ def speed(costs, kind, arm):
         for name in (arm, "none")
     }
     parts = [rates[arm][x] / rates["none"][x] for x in rates["none"]]
-    return f"{statistics.median(parts):.2f}"
+    low, median, high = statistics.quantiles(parts, method="inclusive")
+    return "1" if arm == "none" else f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def report(rows, setting):
@@ -102,7 +103,8 @@ def report(rows, setting):
     heads += ["cross-entropy", "speed, predict", "speed, train"]
     return (
         "Accuracy with 95 % intervals, the difference paired by seed; speed as a part "
-        "of that without position.\n\n" + figures.markdown(heads, table)
+        "of that without position, with the quartiles of the rounds.\n\n"
+        + figures.markdown(heads, table)
     )
 
 

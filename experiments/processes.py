@@ -32,7 +32,7 @@ def in_processes(
     name, score = experiment.name, experiment.score
     work = joblib.delayed(_work)
     calls = [work(name, score, job, setting, os.getpid()) for job in jobs]
-    with _threads(workers):
+    with _threads(workers, setting.scale):
         parallel = joblib.Parallel(workers, "loky", return_as="generator_unordered")
         yield from parallel(calls)
 
@@ -93,11 +93,16 @@ def _printing_to(path):
 
 
 @contextlib.contextmanager
-def _threads(workers):
-    """Let each of several processes that are started within have one thread."""
+def _threads(workers, scale):
+    """Let each of several processes that are started within have one thread.
+
+    And no GPU: each would take all of its memory.
+    """
     before = dict(os.environ)
     if workers > 1:
         os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+        if scale != "gpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
         yield
     finally:

@@ -124,11 +124,31 @@ def annotated(data, count, epochs, setting, seed, folder):
     return training.with_label_maps(data, folder / "maps"), model
 
 
+def build(arm, setting, num_classes):
+    """Build the transformer of an arm."""
+    side, patch = sizes(setting)
+    return keras_vit.LVViT(
+        "tiny",
+        image_size=side,
+        patch_size=patch,
+        num_classes=num_classes,
+        token_weight=0.5 if ARMS[arm][0] else 0.0,
+        initialization="jax",
+        normalization="inception",
+        crop_ratio=None,
+        **setting.pick(
+            {"embed_dim": 48, "depth": 4, "num_heads": 4, "stem_width": 16},
+            {"embed_dim": 16, "depth": 1, "num_heads": 2, "stem_width": 8},
+            {},
+        ),
+    )
+
+
 def run(job, setting, folder):
     """Train one LV-ViT."""
     arm, seed = job["arm"], job["seed"]
     labels, mix_token, cutmix = ARMS[arm]
-    side, patch = sizes(setting)
+    side, _ = sizes(setting)
     pictures = read_pictures(setting).few(job["images"], seed)
     images, classes, squares = draw(pictures.train, side, seed)
     test, truth, _ = draw(pictures.test, side, 1_000)
@@ -156,24 +176,10 @@ def run(job, setting, folder):
         seed=seed,
     )
 
-    def build():
-        return keras_vit.LVViT(
-            "tiny",
-            image_size=side,
-            patch_size=patch,
-            num_classes=len(pictures.labels),
-            token_weight=0.5 if labels else 0.0,
-            initialization="jax",
-            normalization="inception",
-            crop_ratio=None,
-            **setting.pick(
-                {"embed_dim": 48, "depth": 4, "num_heads": 4, "stem_width": 16},
-                {"embed_dim": 16, "depth": 1, "num_heads": 2, "stem_width": 8},
-                {},
-            ),
-        )
+    def own():
+        return build(arm, setting, len(pictures.labels))
 
-    model = train(build, data, how, folder)
+    model = train(own, data, how, folder)
     return [scores(logits(model, test), truth) | extra]
 
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 import training
 
 CURVES = 100  # held-out images that the training curves are drawn of; nothing else
+ASKED = 360  # images of a batch that is asked
 EPOCHS = 4  # what is done after each takes a second
 # To look for loops of tensors takes a quarter of a short run, and there are none.
 _fit = tf.autograph.experimental.do_not_convert(training.fit)
@@ -88,11 +89,11 @@ def shared(path: Path, make: Callable[[], keras.Model]) -> keras.Model:
     return keras.saving.load_model(path, compile=False)
 
 
-def logits(model: keras.Model, images: np.ndarray, batch_size: int = 360) -> np.ndarray:
+def logits(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """What a model says of raw images, grey ones made of three equal colours."""
     found = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
+    for start in range(0, len(images), ASKED):
+        batch = images[start : start + ASKED]
         if batch.ndim == 3:
             batch = np.repeat(batch[..., None], 3, axis=-1)
         found.append(keras.ops.convert_to_numpy(model.predict_on_batch(batch)))

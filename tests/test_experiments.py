@@ -1,7 +1,9 @@
 """The experiments: what they draw, what is provable of them, and their record."""
 
+import dataclasses
 import importlib
 import json
+import math
 from pathlib import Path
 
 import encoders
@@ -19,6 +21,7 @@ import train
 import where_position
 from conftest import to_numpy
 
+from keras_vit import kernels
 from training.digits import read_digits
 from training.scenes import enlarge
 
@@ -159,6 +162,9 @@ def test_on_a_gpu_they_have_too():
         encoders.build(arm, setting, 10, 96).count_params() for arm in encoders.ARMS
     ]
     assert max(encodings) < 1.002 * min(encodings)
+    labelled = token_labeling.build("exact labels", setting, 10)
+    assert labelled.input_shape == (None, 96, 96, 3)
+    assert labelled.count_params() > 5_000_000
 
 
 def test_each_digit_is_in_every_quadrant_once():
@@ -323,8 +329,45 @@ def test_results_of_another_setting_are_not_mixed_in(tmp_path):
     lab._describe(where_position.EXPERIMENT, setting)
     lab._describe(where_position.EXPERIMENT, setting)
     other = lab.Setting(folder=tmp_path / "x", learning_rates={"none": 0.2})
-    with pytest.raises(SystemExit, match=r"learning_rates=.*delete its results"):
+    with pytest.raises(SystemExit, match=r"learning_rates=.*move the folder away"):
         lab._describe(where_position.EXPERIMENT, other)
+
+
+def test_of_all_rates_that_were_tried_the_best_is_chosen(tmp_path, capsys):
+    setting = lab.Setting(folder=tmp_path)
+    losses = {0.001: 0.4, 0.002: 0.2, 0.004: 0.3, 0.5: math.inf}
+    rows = [
+        {"arm": "none", "learning_rate": rate, "cross_entropy": loss}
+        for rate, loss in losses.items()
+    ]
+    record.write_rows(tmp_path / "results.csv", rows)
+    lab._choose(where_position.EXPERIMENT, setting)
+    assert json.loads((tmp_path / "chosen.json").read_text()) == {"none": 0.002}
+    assert "none: 0.002 (0.001: 0.4000" in capsys.readouterr().out
+    record.write_rows(tmp_path / "results.csv", rows[-1:])
+    with pytest.raises(SystemExit, match="say lower --rates"):
+        lab._choose(where_position.EXPERIMENT, setting)
+
+
+def test_large_models_do_not_have_the_learning_rates_of_small_ones(tmp_path):
+    setting = lab.Setting(folder=tmp_path / "resolution-gpu", suffix="-gpu")
+    experiment = importlib.import_module("resolution").EXPERIMENT
+    assert lab._learning_rates(experiment, setting, [])["PEG x 1"] > 0
+    large = dataclasses.replace(setting, scale="gpu")
+    with pytest.raises(SystemExit, match=r"positions\.py --choose --gpu"):
+        lab._learning_rates(experiment, large, [])
+
+
+@pytest.mark.skipif(kernels.half_precision() is not None, reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_missed_at_once(tmp_path):
+    with pytest.raises(SystemExit, match="sees none here: leave --gpu out"):
+        lab.main(small_data.EXPERIMENT, ["--gpu", "--runs", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_pictures_are_placed_once():
+    assert encoders.copies(FULL) == (8, 4)
+    assert encoders.copies(dataclasses.replace(FULL, data="tfds:cifar10")) == (1, 1)
 
 
 @pytest.mark.parametrize("count", [200, 400, 500, 800, 1437, 9000])
