@@ -188,6 +188,7 @@ def dots_picture(
         axes.set_yticks(range(len(lines)), list(lines))
         axes.grid(alpha=0.3)
         axes.invert_yaxis()
+        axes.set_xlim(right=min(axes.get_xlim()[1], PERCENT + 3))  # not of intervals
     for axes in all_axes[1:]:
         axes.set_yticklabels([])
     _save(figure, title, path)

@@ -210,8 +210,14 @@ def test_a_digit_has_one_answer_where_the_padding_tells_nothing(arm, is_blind):
         moved = [[where_position.placed(x, token) for x in digits] for token in tokens]
         inside = np.stack([ask(model, np.stack(x)) for x in moved])
         assert np.ptp(inside, axis=0).max() < 1e-5 * size
-        found = np.stack([where_position.placed(x, np.array([1, 2])) for x in digits])
-        assert np.abs(ask(model, found) - inside[0]).max() > 1e-4 * size
+        rows = [
+            [where_position.placed(x, np.array([1, column])) for x in digits]
+            for column in (1, 2, 3)
+        ]
+        near, *alike = (ask(model, np.stack(x)) for x in rows)
+        assert np.ptp(alike, axis=0).max() < 1e-5 * size  # it knows the row alone
+        for other in (inside[0], near):
+            assert np.abs(alike[0] - other).max() > 1e-4 * size
 
 
 def drawn_model(arm):
