@@ -41,6 +41,7 @@ QUICK = ("none", "learned", "PEG x 1", "CPVT-GAP")
 DETAIL = 3  # images are drawn this much larger, and resized
 SIDES = (5 / 8, 7 / 8)  # of a picture, of the canvas that is trained
 TEST_SEED = 1_000
+BATCH = 64
 PLACED = 8 * 1437  # images of an epoch; where there are more, epochs are fewer
 
 
@@ -165,12 +166,14 @@ def _train(arm, seed, rate, setting, pictures, folder, kept):
     side, _ = sizes(setting)
     num_classes = len(pictures.labels)
     images = draw(pictures.train, side, 1.0, copies(setting)[0], seed)
-    epochs = setting.pick(3, 0, 80) * PLACED // len(images[1])
+    epochs = max(1, setting.pick(3, 0, 80) * PLACED // len(images[1]))
+    updates = epochs * (len(images[1]) // BATCH)
     how = recipe(
         "encoders",
-        epochs=max(1, epochs),
+        epochs=epochs,
+        batch_size=BATCH,
         learning_rate=rate,
-        warmup_steps=setting.pick(60, 1, 1_400),
+        warmup_steps=setting.pick(60, 1, max(1, updates // 10)),
         seed=seed,
     )
     test = test_images(pictures, setting, side)
