@@ -13,8 +13,8 @@ the digit covers) or those of an annotator, the small convolutional network of
 
 MixToken by the paper's rule mixes less than CutMix: on this grid of 6 x 6 tokens an
 image keeps 80 % of itself in the mean, with CutMix 71 %, and one batch in nine is not
-mixed at all. A model with token labels
-answers with both heads, one without has the class head alone.
+mixed at all. A model with token labels answers with both heads, one without has the
+class head alone.
 """
 
 import dataclasses
