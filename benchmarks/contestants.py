@@ -128,7 +128,9 @@ def keras_hub_model(job: Job) -> Any:
     return keras.Model(backbone.input, head(backbone.output[:, 0]))
 
 
-def keras_steps(build_model: Callable[[Job], Any], job: Job) -> Steps:
+def keras_steps(
+    build_model: Callable[[Job], Any], job: Job, jit_compile: bool | str = "auto"
+) -> Steps:
     """One batch through the compiled functions of a Keras model."""
     import keras
 
@@ -138,6 +140,7 @@ def keras_steps(build_model: Callable[[Job], Any], job: Job) -> Steps:
     model.compile(
         keras.optimizers.AdamW(LEARNING_RATE),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit_compile,
     )
     images, labels = map(keras.ops.convert_to_tensor, batch(job))
 
@@ -252,9 +255,11 @@ def exported_steps(job: Job) -> Steps:
 
 OPENVINO = "OpenVINO (keras_vit)"
 EXPORTED = "keras_vit exported"
+COMPILED = "keras_vit, jit_compile=True"
 TIMM_COMPILED = "timm, torch.compile"
 BUILDERS: dict[str, Callable[[Job], Steps]] = {
     "keras_vit": functools.partial(keras_steps, keras_vit_model),
+    COMPILED: functools.partial(keras_steps, keras_vit_model, jit_compile=True),
     "KerasHub": functools.partial(keras_steps, keras_hub_model),
     "timm": functools.partial(timm_steps, False),
     TIMM_COMPILED: functools.partial(timm_steps, True),

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import (
+    COMPILED,
     EXPORTED,
     KERAS_BACKENDS,
     OPENVINO,
@@ -47,10 +48,11 @@ REFERENCES = {"KerasHub": BASELINE, "OpenVINO": CONVERTED}
 Speeds = dict[tuple[Contestant, int, str, str], list[float]]
 
 
-def contestants(backends: Sequence[str]) -> list[Contestant]:
+def contestants(backends: Sequence[str], compiled: bool) -> list[Contestant]:
     """All rows of the table, in the order in which they take their turns."""
+    ours = ["keras_vit", COMPILED] if compiled else ["keras_vit"]
     return [
-        *(Contestant("keras_vit", name, (name,)) for name in backends),
+        *(Contestant(x, name, (name,)) for x in ours for name in backends),
         Contestant(EXPORTED, "C++ session", ("tensorflow",), trains=False),
         BASELINE,
         Contestant("timm", "torch", ("timm", "torchvision", "torch")),
@@ -109,7 +111,7 @@ def table(
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, and say in the last column what failed or is not installed."""
-    everybody = contestants(options.backends)
+    everybody = contestants(options.backends, options.jit_compile)
     competing = [contestant for contestant in everybody if not contestant.missing]
     with contextlib.ExitStack() as stack:
         workers = []
@@ -135,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
     add("--train", default=True, action=argparse.BooleanOptionalAction)
     add("--precisions", type=_words, default=list(PRECISIONS), metavar="LIST")
     add("--backends", type=_words, default=["tensorflow"], help="of keras_vit")
+    add("--jit-compile", action="store_true", help="keras_vit with that too")
     add("--output", type=Path, metavar="FILE", help=".csv or .json, for the table")
     parser.set_defaults(variant="small", image_size=224, tasks=TASKS)
     return parser

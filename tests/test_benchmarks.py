@@ -15,7 +15,7 @@ import startup
 import table
 import throughput
 from conftest import to_numpy
-from contestants import Contestant, Job, keras_vit_model
+from contestants import BUILDERS, COMPILED, Contestant, Job, keras_vit_model
 from machine import options_of
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -63,6 +63,14 @@ def test_our_contestant_has_weights_that_no_optimizer_leaves_out():
         if len(weight.shape) == 1:
             values = to_numpy(weight)
             assert not {0.0, 1.0} & set(values.tolist()), weight.path
+
+
+@pytest.mark.first
+def test_who_competes_can_be_built_and_is_compiled_only_where_asked():
+    names = [x.name for x in throughput.contestants(["jax", "torch"], False)]
+    more = [x.name for x in throughput.contestants(["jax", "torch"], True)]
+    assert more == names[:2] + [COMPILED] * 2 + names[2:]
+    assert set(more) <= set(BUILDERS)
 
 
 @pytest.mark.first
