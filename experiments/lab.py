@@ -97,7 +97,7 @@ def parse(experiment, arguments):
     def numbers(text):
         return [int(x) for x in text.split(",")]
 
-    def rates(text):
+    def decimals(text):
         return [float(x) for x in text.split(",")]
 
     add = parser.add_argument
@@ -108,12 +108,19 @@ def parse(experiment, arguments):
     add("--quick", action="store_true", help="to see that it runs: some arms, one seed")
     if not experiment.choice:
         add("--choose", action="store_true", help="choose the learning rates, no test")
-        add("--rates", type=rates, help="what --choose tries, such as 1e-3,2e-3")
+        add("--rates", type=decimals, help="what --choose tries, such as 1e-3,2e-3")
     if experiment.gpu:
         add("--gpu", action="store_true", help="real sizes; one run at a time")
     given = parser.parse_args(arguments)
     given.gpu = experiment.gpu and given.gpu
     given.choose = not experiment.choice and given.choose
+    rates = getattr(given, "rates", None) or []
+    if rates and not given.choose:
+        parser.error(
+            "--rates is what --choose tries: say --choose too, or leave it out"
+        )
+    if rates and min(rates) <= 0:
+        parser.error(f"--rates must be above 0, got {min(rates)}")
     if given.quick and given.gpu:
         parser.error("--quick or --gpu, not both")
     if min(given.seeds) < 0 or len(set(given.seeds)) < len(given.seeds):

@@ -321,6 +321,8 @@ def test_every_arm_was_run_with_five_seeds_and_the_rate_that_was_chosen(name):
         (["--seeds", "-1"], "different numbers"),
         (["--seeds", "0,100"], "must be below 100"),
         (["--workers", "0"], "at least 1"),
+        (["--rates", "1e-3"], "say --choose too"),
+        (["--choose", "--rates", "1e-3,0"], "above 0"),
         (["--gpu"], "unrecognized arguments"),
     ],
 )
