@@ -94,21 +94,17 @@ def parse(experiment, arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def numbers(text):
-        return [int(x) for x in text.split(",")]
-
-    def decimals(text):
-        return [float(x) for x in text.split(",")]
-
     add = parser.add_argument
-    add("--seeds", type=numbers, default=[0, 1, 2, 3, 4], help="such as 0,1")
+    seeds = _listed(int, "0,1")
+    add("--seeds", type=seeds, default=[0, 1, 2, 3, 4], help="such as 0,1")
     add("--data", default="digits", help="pictures: digits, tfds:NAME, folder:PATH ...")
     add("--runs", type=Path, default=Path("runs/experiments"), help="where to keep it")
     add("--workers", type=int, help="runs at once; by default one for each core")
     add("--quick", action="store_true", help="to see that it runs: some arms, one seed")
     if not experiment.choice:
         add("--choose", action="store_true", help="choose the learning rates, no test")
-        add("--rates", type=decimals, help="what --choose tries, such as 1e-3,2e-3")
+        rates = _listed(float, "1e-3,2e-3")
+        add("--rates", type=rates, help="what --choose tries, such as 1e-3,2e-3")
     if experiment.gpu:
         add("--gpu", action="store_true", help="real sizes; one run at a time")
     given = parser.parse_args(arguments)
@@ -135,6 +131,19 @@ def parse(experiment, arguments):
     if given.workers < 1:
         parser.error(f"--workers must be at least 1, got {given.workers}")
     return given
+
+
+def _listed(kind, example):
+    """What reads numbers of a command line that stand between commas."""
+
+    def read(text):
+        try:
+            return [kind(x) for x in text.split(",")]
+        except ValueError as error:
+            told = f"must be numbers such as {example}, got {text!r}"
+            raise argparse.ArgumentTypeError(told) from error
+
+    return read
 
 
 def _describe(experiment, setting):

@@ -319,6 +319,7 @@ def test_every_arm_was_run_with_five_seeds_and_the_rate_that_was_chosen(name):
     [
         (["--seeds", "1,1"], "different numbers"),
         (["--seeds", "-1"], "different numbers"),
+        (["--seeds", "a"], "must be numbers such as 0,1, got 'a'"),
         (["--seeds", "0,100"], "must be below 100"),
         (["--workers", "0"], "at least 1"),
         (["--rates", "1e-3"], "say --choose too"),
